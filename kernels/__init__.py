@@ -1,0 +1,1 @@
+"""Triton kernels of gpo-fast. They know nothing of models, trainers or rollouts."""

@@ -19,7 +19,7 @@ extension = Pybind11Extension(
 setup(
     ext_modules=[extension],
     cmdclass={"build_ext": build_ext},
-    # `kernels/` is installed as gpo_fast.kernels, never under the bare name, which belongs to another package.
+    # `kernels/` is installed as gpo_fast.kernels: the bare name belongs to another package.
     packages=[*find_packages(include=["gpo_fast", "gpo_fast.*"]), "gpo_fast.kernels"],
     package_dir={"gpo_fast": "gpo_fast", "gpo_fast.kernels": "kernels"},
 )

@@ -60,7 +60,7 @@ class Completion:
     """One sampled continuation.
 
     `token_ids` includes the token that ended it (end-of-sequence or stop token), if one did.
-    `logprobs` are of the sampled tokens under temperature 1 with no filter (what a trainer's forward pass gives);
+    `logprobs` are of the sampled tokens under temperature 1 with no filter (a trainer's forward pass);
     `sampling_logprobs` are under the distribution that was sampled from (0 for greedy).
     """
 

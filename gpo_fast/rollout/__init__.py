@@ -1,5 +1,6 @@
 """Sampling: requests in, completions out."""
 
+from gpo_fast.rollout.engine import RolloutEngine
 from gpo_fast.rollout.types import Completion, Request, RolloutBackend, SamplingParams
 
-__all__ = ["Completion", "Request", "RolloutBackend", "SamplingParams"]
+__all__ = ["Completion", "Request", "RolloutBackend", "RolloutEngine", "SamplingParams"]

@@ -1,0 +1,178 @@
+"""The command line: `gpo-fast train | demo | critical | eval | report | version`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+app = typer.Typer(
+    name="gpo-fast",
+    help="GPO fine-tuning of reasoning LLMs: find the step a chain of thought hinges on, reset there, learn from it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; a run found there is continued.")]
+
+
+def main() -> None:
+    """Entry point: errors of the user's making are one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        print(f"gpo-fast: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def version() -> None:
+    """Print the versions that a bug report needs.
+
+    Example: `gpo-fast version`
+    """
+    import platform
+
+    import torch
+    import transformers
+
+    import gpo_fast
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
+    print(
+        f"gpo-fast {gpo_fast.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}, {device}"
+    )
+
+
+@app.command()
+def demo(
+    output: Output = Path("gpo-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller run, at most 3 minutes on two cores.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also run plain GRPO for the same time.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """Train SmolLM2-135M with GPO on this machine, offline, and show what it learned from.
+
+    Example: `gpo-fast demo --quick`
+    """
+    from gpo_fast.demo.run import run_demo
+
+    run_demo(output, quick=quick, compare=compare, seed=seed)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML file: model, dataset, rewards and any field of GPOConfig.")],
+) -> None:
+    """Train a model with GPO. A run that was cut off goes on when the same command is given again.
+
+    Any field of the file can be overridden with `--field value`.
+
+    Example: `gpo-fast train examples/chain_sum.yaml --learning_rate 1e-4 --max_steps 200`
+    """
+    from gpo_fast.launch import train_from_config
+
+    train_from_config(config, parse_overrides(context.args))
+
+
+@app.command()
+def critical(
+    trajectories: Annotated[
+        Path, typer.Argument(help="JSON lines with `prompt`, `completion` and the answer columns.")
+    ],
+    model: Annotated[str, typer.Option(help="Path or hub id of the model.")],
+    reward: Annotated[str, typer.Option(help="Reward function: a known name or `module:function`.")] = "exact_match",
+    num_samples: Annotated[int, typer.Option(help="Continuations per step.")] = 4,
+    criterion: Annotated[str, typer.Option(help="max, min or abs.")] = "max",
+    max_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
+) -> None:
+    """Show the steps of given trajectories with their values, and the critical one.
+
+    Example: `gpo-fast critical answers.jsonl --model ./my-model --num-samples 8 --criterion min`
+    """
+    from gpo_fast.launch import find_critical
+
+    records = find_critical(
+        trajectories, model, reward, num_samples=num_samples, criterion=criterion, max_tokens=max_tokens, seed=seed
+    )
+    if as_json:
+        for record in records:
+            print(json.dumps(record))
+        return
+    from rich.console import Console
+
+    from gpo_fast.report import critical_table
+
+    Console().print(critical_table(records))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="Path or hub id of the model.")],
+    dataset: Annotated[str, typer.Option(help="JSON lines file or `reasoning_gym:TASK`.")],
+    reward: Annotated[str, typer.Option(help="Reward function: a known name or `module:function`.")] = "exact_match",
+    num_problems: Annotated[int, typer.Option(help="Problems to sample at most.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Accuracy of a model on a data set, with a 95 % interval.
+
+    Example: `gpo-fast eval --model gpo-demo/model --dataset reasoning_gym:chain_sum --reward reasoning_gym`
+    """
+    from gpo_fast.launch import evaluate_model
+
+    result = evaluate_model(model, dataset, reward, num_problems, max_tokens, temperature, seed)
+    print(f"accuracy {result.accuracy:.1%} (95 % interval {result.low:.1%} to {result.high:.1%}, n={result.n})")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The HTML file; in the run's folder.")] = None,
+) -> None:
+    """Write a run's report: one HTML file that needs no network.
+
+    Example: `gpo-fast report gpo-demo`
+    """
+    from gpo_fast.report import write_report
+
+    print(write_report(run, output))
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """`--field value` and `--field=value` pairs as a mapping; values are read as YAML.
+
+    Raises:
+        ValueError: something that is not such a pair.
+    """
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--") or len(name) == 2:
+            raise ValueError(f"expected --field value, got {name!r}")
+        name, has_value, value = name[2:].partition("=")
+        if not has_value:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"--{name} needs a value")
+            value = rest.pop(0)
+        overrides[name.replace("-", "_")] = _scalar(value)
+    return overrides
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return float(text) if "e" in text.lower() and text[0] in "0123456789.+-" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return text

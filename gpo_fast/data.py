@@ -1,0 +1,63 @@
+"""Prompts in TRL's format: a `prompt` column of plain strings or of conversations; other columns go to the rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Example = dict[str, Any]
+
+
+def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
+    """Raises ValueError, naming what is wrong, if a data set is empty or has no usable `prompt` column."""
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: it needs at least one row with a 'prompt' column")
+    first = dataset[0]
+    if not isinstance(first, Mapping) or "prompt" not in first:
+        columns = ", ".join(map(repr, first)) if isinstance(first, Mapping) else type(first).__name__
+        raise ValueError(f"{name} has no 'prompt' column (it has {columns})")
+    prompt = first["prompt"]
+    if not isinstance(prompt, str) and not is_conversation(prompt):
+        raise ValueError(
+            f"{name}: a prompt must be a string or a list of {{'role', 'content'}} messages, got {prompt!r:.200}"
+        )
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a non-empty list of messages rather than plain text."""
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and len(prompt) > 0
+        and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in prompt)
+    )
+
+
+def encode_prompt(prompt: Any, tokenizer: Any, max_length: int) -> list[int]:
+    """Token ids of a prompt; a conversation goes through the chat template with a generation prompt.
+
+    Raises:
+        ValueError: the prompt is empty or leaves no room for a completion in `max_length` tokens.
+    """
+    if is_conversation(prompt):
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    if len(ids) == 0:
+        raise ValueError(f"the prompt {prompt!r:.80} has no tokens")
+    if len(ids) >= max_length:
+        raise ValueError(
+            f"a prompt has {len(ids)} tokens, but the model's context is {max_length} tokens and must hold a "
+            f"completion as well: shorten or drop it. It begins {prompt!r:.80}"
+        )
+    return list(ids)
+
+
+def decode_completion(token_ids: Sequence[int], tokenizer: Any) -> str:
+    """The text that rewards see: special tokens such as end-of-sequence are left out."""
+    return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def columns_of(examples: Sequence[Example], repeats: Sequence[int]) -> dict[str, list[Any]]:
+    """The examples' columns as lists, example i repeated `repeats[i]` times."""
+    return {key: [e[key] for e, n in zip(examples, repeats) for _ in range(n)] for key in examples[0]}

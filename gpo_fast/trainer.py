@@ -1,0 +1,422 @@
+"""GPOTrainer: Procedure I of GPO (arXiv 2509.16456) on Hugging Face's Trainer.
+
+A training step takes a batch of prompts, collects experience (`procedure.GuidedSampler`) and makes one update of
+the base algorithm. Trainer brings optimiser, schedule, logging, checkpoints and callbacks.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, Trainer
+
+import gpo_fast
+from gpo_fast.config import GPOConfig
+from gpo_fast.data import check_dataset
+from gpo_fast.losses import linear_logprob, linear_policy_loss
+from gpo_fast.procedure import Experience, GuidedSampler, TrainingRow
+from gpo_fast.rewards import RewardFunctions
+from gpo_fast.rollout import RolloutEngine
+from gpo_fast.run_files import COMPLETE_MARK, RunFiles, write_atomically
+
+IGNORED = -100
+KL_ROWS = 16  # rows on which the divergence from the reference is measured when it is not part of the loss
+
+
+class RepeatSampler(Sampler[int]):
+    """A shuffled order of the data in which each batch of `batch_size` comes `repeats` times in a row."""
+
+    def __init__(self, length: int, batch_size: int, repeats: int, seed: int) -> None:
+        self.length, self.batch_size, self.repeats, self.seed, self.epoch = (
+            length,
+            batch_size,
+            repeats,
+            seed,
+            0,
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        for start in range(0, self.length, self.batch_size):
+            for _ in range(self.repeats):
+                yield from order[start : start + self.batch_size]
+
+    def __len__(self) -> int:
+        return self.length * self.repeats
+
+
+class GPOTrainer(Trainer):
+    """Trains a causal language model with GPO on top of a policy-gradient algorithm.
+
+    Args:
+        model: a transformers causal LM or a path or hub id of one.
+        reward_funcs: one or several functions with TRL's signature
+            `(prompts, completions, completion_ids, **columns) -> list[float | None]`, sync or async.
+        args: a `GPOConfig`.
+        train_dataset, eval_dataset: rows with a `prompt` (string or messages); other columns go to the rewards.
+        processing_class: the tokenizer; loaded from the model's path if None.
+        peft_config: trains an adapter of PEFT instead of the whole model.
+        run_description: what the report's header shows (`title`, `algorithm`, `notes`, ...).
+        on_phase: called with the name of each phase as it begins.
+
+    Raises:
+        ValueError, TypeError: unusable data set, model, tokenizer or configuration, naming what would be right.
+        FileExistsError: `args.output_dir` holds something that is not a run.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any,
+        args: GPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        run_description: dict[str, Any] | None = None,
+        on_phase: Callable[[str], None] | None = None,
+    ) -> None:
+        args = args or GPOConfig(output_dir="gpo-run")
+        if train_dataset is None:
+            raise ValueError("GPOTrainer needs a train_dataset with a 'prompt' column")
+        check_dataset(train_dataset)
+        if eval_dataset is not None:
+            check_dataset(eval_dataset, "eval_dataset")
+        self.run_files = RunFiles(args.output_dir)
+        if args.world_size > 1:
+            raise ValueError(f"GPOTrainer runs on one process so far, got a world of {args.world_size}")
+        if isinstance(model, str):
+            path = model
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+            processing_class = processing_class or transformers.AutoTokenizer.from_pretrained(path)
+        if processing_class is None:
+            raise ValueError("GPOTrainer needs processing_class, the model's tokenizer")
+        _check_tokenizer(processing_class)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        self._is_peft = hasattr(model, "disable_adapter")
+        self._reference = None
+        if args.beta > 0 and not self._is_peft:
+            self._reference = copy.deepcopy(model).eval().requires_grad_(False)
+        _refuse_dropout(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False
+        text_config = self._base_model().config.get_text_config()
+        self.max_length = int(getattr(text_config, "max_position_embeddings", 0) or 1 << 30)
+        self.engine = RolloutEngine(
+            self.model,
+            processing_class,
+            kv_cache_memory=args.kv_cache_memory,
+            max_batch_size=args.max_batch_size,
+            seed=args.seed,
+        )
+        self.rewards = RewardFunctions(reward_funcs, weights=args.reward_weights)
+        self.sampler = GuidedSampler(self.engine, self.rewards, args, self.max_length, on_phase)
+        self.on_phase = on_phase or (lambda phase: None)
+        self.run_description = run_description or {}
+        self._pending: list[list[TrainingRow]] = []  # minibatches of the last experience still to be trained on
+        self._began = False
+
+    # -- Trainer's hooks ------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        length = len(train_dataset if train_dataset is not None else self.train_dataset)
+        return RepeatSampler(length, self._train_batch_size, self.args.steps_per_generation, self.args.seed)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One optimiser step's forward and backward; `inputs` is a list of examples."""
+        start = time.perf_counter()
+        step = self.state.global_step
+        self._begin_run(step)
+        experience: Experience | None = None
+        if not self._pending:
+            self.engine.update_weights()
+            experience = self.sampler.collect(inputs, seed=self.args.seed * 1_000_003 + step)
+            self._pending = self._minibatches(experience.rows)
+        self.on_phase("train")
+        train_start = time.perf_counter()
+        loss, metrics = self._update(model, self._pending.pop(0))
+        train_seconds = time.perf_counter() - train_start
+        if experience is not None:
+            metrics |= experience.metrics
+        phases = {k.split("/")[1]: metrics.pop(k) for k in list(metrics) if k.startswith("seconds/")}
+        phases["train"] = train_seconds
+        total = time.perf_counter() - start
+        phases["rest"] = max(0.0, total - sum(phases.values()))
+        metrics["tokens_per_second"] = metrics.get("num_tokens", 0.0) / total
+        record = {
+            "step": step + 1,
+            "time": self.run_files.time(),
+            "loss": float(loss),
+            **metrics,
+            "seconds": phases,
+        }
+        self.run_files.metrics(record)
+        if experience is not None:
+            self.run_files.trajectories([{"step": step + 1, **t} for t in experience.trajectories])
+        self._last_metrics = metrics
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **getattr(self, "_last_metrics", {})}
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean reward of one sampled completion per prompt, with its standard error."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate needs an eval_dataset")
+        check_dataset(dataset, "eval_dataset")
+        self.on_phase("evaluate")
+        rewards = self.sample_rewards(list(dataset))
+        spread = rewards.std(unbiased=True) / len(rewards) ** 0.5 if len(rewards) > 1 else torch.tensor(float("nan"))
+        metrics = {
+            f"{metric_key_prefix}_reward": float(rewards.mean()),
+            f"{metric_key_prefix}_reward_standard_error": float(spread),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def sample_rewards(self, examples: Sequence[dict[str, Any]], temperature: float | None = None) -> torch.Tensor:
+        """Rewards of one completion for each example with the present weights. float64, shape (n,)."""
+        self.engine.update_weights()
+        rewards = self.sampler.score_once(examples, self.args.temperature if temperature is None else temperature)
+        return torch.from_numpy(rewards)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        if isinstance(resume_from_checkpoint, str | Path):
+            mark = Path(resume_from_checkpoint) / COMPLETE_MARK
+            if not mark.is_file():
+                raise ValueError(f"{resume_from_checkpoint} is not a whole checkpoint: it has no {COMPLETE_MARK}")
+            state = json.loads(mark.read_text(encoding="utf-8"))
+            self._pending = [[TrainingRow(**row) for row in batch] for batch in state["pending"]]
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        # Written last: a checkpoint without it was cut off and is never resumed from.
+        pending = [[asdict(row) for row in batch] for batch in self._pending]
+        write_atomically(folder / COMPLETE_MARK, json.dumps({"version": gpo_fast.__version__, "pending": pending}))
+
+    # -- the update -----------------------------------------------------------------------------------------
+
+    def _minibatches(self, rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
+        """Each of the `steps_per_generation` minibatches gets its share of the rows."""
+        parts = self.args.steps_per_generation
+        return [list(rows[i::parts]) for i in range(parts)]
+
+    def _update(self, model: Any, rows: Sequence[TrainingRow]) -> tuple[torch.Tensor, dict[str, float]]:
+        """Forward and backward over the rows in microbatches; normalisers are those of all rows together."""
+        model.train()
+        args = self.args
+        num_sequences = max(1, len(rows))
+        num_tokens = max(1, sum(len(r.token_ids) for r in rows))
+        # A row without advantage has no gradient unless it is held to the reference.
+        useful = [r for r in rows if r.token_ids and (r.advantage != 0 or args.beta > 0 or args.loss_type == "awr")]
+        total = torch.zeros((), device=args.device)
+        sums: dict[str, float] = {}
+        weight = 0
+        for batch in _microbatches(useful, args.max_tokens_per_microbatch):
+            with self.compute_loss_context_manager():
+                hidden, targets, sequence_ids, advantages, old = self._forward(model, batch)
+                reference = self._reference_logprobs(batch) if args.beta > 0 else None
+                output = linear_policy_loss(
+                    hidden,
+                    self._head().weight,
+                    targets,
+                    loss_type=args.loss_type,
+                    advantages=advantages,
+                    sequence_ids=sequence_ids,
+                    old_logprobs=old if args.steps_per_generation > 1 else None,
+                    ref_logprobs=reference,
+                    num_sequences=num_sequences,
+                    num_tokens=num_tokens,
+                    epsilon=args.epsilon,
+                    epsilon_high=args.epsilon_high,
+                    beta=args.beta,
+                    max_completion_length=args.max_completion_length,
+                    temperature=args.temperature,
+                    **self._head_options(),
+                )
+            self.accelerator.backward(output.loss)
+            total += output.loss.detach()
+            tokens = len(targets)
+            weight += tokens
+            for name, value in output.metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * tokens
+            sums["logprob"] = sums.get("logprob", 0.0) + float(output.logprobs.sum())
+        metrics = {name: value / weight for name, value in sums.items()} if weight else {}
+        metrics["trained_rows"] = float(len(useful))
+        if args.beta == 0 and self._is_peft and useful:
+            metrics["kl"] = self._measured_kl(model, useful[:: max(1, len(useful) // KL_ROWS)][:KL_ROWS])
+        return total, metrics
+
+    def _forward(self, model: Any, rows: Sequence[TrainingRow]) -> tuple[torch.Tensor, ...]:
+        """Hidden states of the positions that predict a row's tokens: (T, H), with targets and the rest."""
+        device = self.args.device
+        lengths = [len(r.context_ids) + len(r.token_ids) for r in rows]
+        width = max(lengths)
+        # Padding stands on the right, so the causal mask alone keeps it from being seen: no mask is needed.
+        input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            input_ids[i, : lengths[i]] = torch.tensor([*row.context_ids, *row.token_ids])
+        positions = torch.arange(width).expand(len(rows), -1)
+        decoder = self._base_model().get_decoder()
+        hidden = decoder(
+            input_ids=input_ids.to(device), position_ids=positions.to(device), use_cache=False
+        ).last_hidden_state
+        picked = torch.cat(
+            [
+                i * width + torch.arange(len(r.context_ids) - 1, len(r.context_ids) + len(r.token_ids) - 1)
+                for i, r in enumerate(rows)
+            ]
+        )
+        counts = torch.tensor([len(r.token_ids) for r in rows])
+        return (
+            hidden.flatten(0, 1)[picked.to(device)],
+            torch.tensor([t for r in rows for t in r.token_ids], device=device),
+            torch.repeat_interleave(torch.arange(len(rows)), counts).to(device),
+            torch.tensor([r.advantage for r in rows], dtype=torch.float32, device=device),
+            torch.tensor([p for r in rows for p in r.sampling_logprobs], dtype=torch.float32, device=device),
+        )
+
+    @torch.no_grad()
+    def _reference_logprobs(self, rows: Sequence[TrainingRow]) -> torch.Tensor:
+        """Log-probabilities of the rows' tokens under the reference: the base without adapter, or a frozen copy."""
+        model = self._reference if self._reference is not None else self.model
+        with model.disable_adapter() if self._is_peft else nullcontext():
+            original, self.model = self.model, model
+            try:
+                hidden, targets, *_ = self._forward(model, rows)
+                return linear_logprob(
+                    hidden,
+                    self._head().weight,
+                    targets,
+                    temperature=self.args.temperature,
+                    **self._head_options(),
+                )
+            finally:
+                self.model = original
+
+    @torch.no_grad()
+    def _measured_kl(self, model: Any, rows: Sequence[TrainingRow]) -> float:
+        """Schulman's k3 estimate of KL(policy || reference) per token, on a few rows."""
+        estimates = []
+        for batch in _microbatches(rows, self.args.max_tokens_per_microbatch):
+            with self.compute_loss_context_manager():
+                reference = self._reference_logprobs(batch)
+                hidden, targets, *_ = self._forward(model, batch)
+                own = linear_logprob(
+                    hidden,
+                    self._head().weight,
+                    targets,
+                    temperature=self.args.temperature,
+                    **self._head_options(),
+                )
+            difference = reference.double() - own.double()
+            estimates.append(torch.expm1(difference) - difference)
+        return float(torch.cat(estimates).mean())
+
+    # -- the model's parts ----------------------------------------------------------------------------------
+
+    def _base_model(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def _head(self) -> torch.nn.Linear:
+        head = self._base_model().get_output_embeddings()
+        if not isinstance(head, torch.nn.Linear):
+            raise TypeError(f"the output head must be a plain linear layer, got {type(head).__name__}")
+        return head
+
+    def _head_options(self) -> dict[str, Any]:
+        softcap = getattr(self._base_model().config.get_text_config(), "final_logit_softcapping", None)
+        return {"bias": self._head().bias, "softcap": softcap}
+
+    def _begin_run(self, step: int) -> None:
+        if self._began:
+            return
+        self._began = True
+        self.run_files.begin(
+            {
+                "title": "gpo-fast run",
+                "model": getattr(self._base_model().config, "_name_or_path", "") or type(self._base_model()).__name__,
+                "algorithm": ("GPO-" if self.args.use_gpo else "") + self.args.loss_type.upper(),
+                "config": {k: v for k, v in self.args.to_dict().items() if k in _own_fields()},
+                "versions": {
+                    "gpo-fast": gpo_fast.__version__,
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                },
+                "device": str(self.args.device),
+                "notes": [],
+                **self.run_description,
+            },
+            step,
+        )
+
+
+def _own_fields() -> set[str]:
+    return {*GPOConfig.__annotations__, "per_device_train_batch_size", "max_steps", "seed", "weight_decay"}
+
+
+def _microbatches(rows: Sequence[TrainingRow], max_tokens: int) -> list[list[TrainingRow]]:
+    """Rows of similar length together; a batch holds at most `max_tokens` tokens with padding, or one row."""
+    ordered = sorted(rows, key=lambda r: -(len(r.context_ids) + len(r.token_ids)))
+    batches: list[list[TrainingRow]] = []
+    width = 0
+    for row in ordered:
+        if not batches or width * (len(batches[-1]) + 1) > max_tokens:
+            batches.append([])
+            width = len(row.context_ids) + len(row.token_ids)
+        batches[-1].append(row)
+    return batches
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no eos_token, so no completion could ever end: set tokenizer.eos_token to the "
+            "token that ends the model's answers"
+        )
+
+
+def _refuse_dropout(model: Any) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            raise ValueError(
+                f"dropout must be 0 (the policy that is trained must be the one that sampled), but {name} has "
+                f"p={module.p}: set it to 0, with LoRA by lora_dropout=0"
+            )

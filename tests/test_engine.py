@@ -1,0 +1,182 @@
+"""The rollout engine against transformers' own generation, teacher forcing, and itself under other schedules."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from gpo_fast import Request, RolloutEngine, SamplingParams
+from gpo_fast.rollout.attention import KVPool, PagedBatch, _attend_cpp, attend_gathered
+
+KINDS = ["llama", "qwen2", "qwen3", "mistral"]
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 40, (count,), generator=generator).tolist()
+    return [torch.randint(3, 40, (n,), generator=generator).tolist() for n in lengths]
+
+
+def reference(model, prompt: list[int], max_tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+def teacher_forced(model, completion, temperature: float = 1.0) -> torch.Tensor:
+    ids = torch.tensor([[*completion.prompt_token_ids, *completion.token_ids]])
+    with torch.no_grad():
+        logprobs = (model(ids).logits.float() / temperature).log_softmax(-1)[0, :-1]
+    picked = logprobs.gather(-1, ids[0, 1:, None])[:, 0]
+    return picked[len(completion.prompt_token_ids) - 1 :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_greedy_equals_generate(kind: str, block_size: int) -> None:
+    model = tiny.model(kind, seed=3)
+    engine = RolloutEngine(model, tiny.tokenizer(), block_size=block_size, max_batch_size=5)
+    asked = prompts(9)
+    drawn = engine.generate([Request(p, sampling=GREEDY) for p in asked])
+    assert [c.token_ids for c in drawn] == [reference(model, p, 24) for p in asked]
+    engine.cache.check_integrity()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_branches_at_every_token_continue_like_generate(kind: str) -> None:
+    model = tiny.model(kind, seed=5)
+    engine = RolloutEngine(model, tiny.tokenizer(), block_size=4, max_batch_size=64)
+    prompt = prompts(1, seed=2)[0]
+    trajectory = engine.generate([Request(prompt, sampling=SamplingParams(max_tokens=20, ignore_eos=True), seed=1)])[0]
+    cuts = [prompt + trajectory.token_ids[:t] for t in range(21)]
+    drawn = engine.generate([Request(c, n=2, sampling=GREEDY) for c in cuts])
+    for completion in drawn:
+        assert completion.token_ids == reference(model, cuts[completion.request_index], 24)
+    engine.cache.check_integrity()
+
+
+def test_a_comb_computes_its_trajectory_once() -> None:
+    engine = RolloutEngine(tiny.model(), tiny.tokenizer(), block_size=4)
+    trajectory = list(range(3, 43))
+    engine.generate([Request(trajectory[:t], n=3, sampling=SamplingParams(max_tokens=1)) for t in range(4, 41, 4)])
+    # The longest prefix once, then one token for each shorter one: its logits are needed.
+    assert engine.stats()["prefill_tokens"] <= 40 + 9 + 4 * 9
+    assert engine.stats()["shared_tokens"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logprobs_equal_teacher_forcing(kind: str) -> None:
+    model = tiny.model(kind, seed=1)
+    engine = RolloutEngine(model, tiny.tokenizer())
+    params = SamplingParams(temperature=0.7, max_tokens=30)
+    for completion in engine.generate([Request(p, n=3, sampling=params, seed=i) for i, p in enumerate(prompts(5))]):
+        own = torch.tensor(completion.logprobs)
+        assert (own - teacher_forced(model, completion)).abs().max() <= 1e-4
+        drawn = torch.tensor(completion.sampling_logprobs)
+        assert (drawn - teacher_forced(model, completion, 0.7)).abs().max() <= 1e-4
+
+
+def test_preemption_changes_no_token() -> None:
+    model = tiny.model(seed=4)
+    asked = [Request(p, n=2, sampling=SamplingParams(max_tokens=40), seed=i) for i, p in enumerate(prompts(6))]
+    roomy = RolloutEngine(model, tiny.tokenizer(), block_size=4)
+    tight = RolloutEngine(model, tiny.tokenizer(), block_size=4, kv_cache_memory=24 * roomy.block_bytes)
+    assert [c.token_ids for c in tight.generate(asked)] == [c.token_ids for c in roomy.generate(asked)]
+    assert tight.stats()["preemptions"] > 0
+    tight.cache.check_integrity()
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company() -> None:
+    model = tiny.model(seed=6)
+    engine = RolloutEngine(model, tiny.tokenizer(), max_batch_size=7)
+    prompt = prompts(1)[0]
+    alone = engine.generate([Request(prompt, n=3, seed=11)])
+    others = [Request(p, n=2, seed=100 + i) for i, p in enumerate(prompts(5, seed=9))]
+    together = engine.generate([*others, Request(prompt, n=5, seed=11)])
+    assert [c.token_ids for c in together[-5:-2]] == [c.token_ids for c in alone]
+    assert alone[0].token_ids != alone[1].token_ids
+
+
+def test_new_weights_never_meet_old_keys() -> None:
+    model = tiny.model(seed=7)
+    engine = RolloutEngine(model, tiny.tokenizer(), block_size=4)
+    prompt = list(range(3, 40))
+    engine.generate([Request(prompt, sampling=GREEDY)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    engine.update_weights()
+    assert engine.generate([Request(prompt, sampling=GREEDY)])[0].token_ids == reference(model, prompt, 24)
+
+
+def test_stop_tokens_and_strings_end_a_completion() -> None:
+    tokenizer = tiny.tokenizer()
+    engine = RolloutEngine(tiny.model(seed=8), tokenizer)
+    free = SamplingParams(max_tokens=60, ignore_eos=True)
+    whole = engine.generate([Request([5, 6, 7], sampling=free, seed=0)])[0]
+    text = tokenizer.decode(whole.token_ids)
+    stop = text[10:12]
+    cut = engine.generate(
+        [Request([5, 6, 7], sampling=SamplingParams(max_tokens=60, ignore_eos=True, stop=(stop,)), seed=0)]
+    )[0]
+    assert cut.finish_reason == "stop"
+    assert tokenizer.decode(cut.token_ids) == text[: text.index(stop) + 2]
+    token = whole.token_ids[5]
+    cut = engine.generate(
+        [Request([5, 6, 7], sampling=SamplingParams(max_tokens=60, ignore_eos=True, stop_token_ids=(token,)), seed=0)]
+    )[0]
+    assert cut.token_ids == whole.token_ids[: whole.token_ids.index(token) + 1]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny.model().train()
+    RolloutEngine(model, tiny.tokenizer()).generate([Request([4, 5])])
+    assert model.training
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 32), (9, 3, 64), (8, 1, 20), (2, 2, 256)])
+def test_cpu_kernel_equals_float64(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
+    pool = KVPool(1, 12, 4, kv_heads, dim, dtype, torch.device("cpu"))
+    pool.keys.normal_()
+    pool.values.normal_()
+    query = torch.randn(6, heads, dim, dtype=dtype)
+    tables = torch.randint(0, 12, (6, 5), dtype=torch.int32)
+    lengths = torch.randint(1, 21, (6,), dtype=torch.int32)
+    batch = PagedBatch(pool, torch.empty(0, dtype=torch.int64), tables, lengths)
+    for softcap in (0.0, 5.0):
+        ours = _attend_cpp(query, pool.keys[0], pool.values[0], batch, 0.3, softcap).double()
+        gathered = attend_gathered(query, pool.keys[0], pool.values[0], batch, 0.3, softcap).double()
+        for row in range(6):
+            slots = (tables[row, :, None].long() * 4 + torch.arange(4)).flatten()[: lengths[row]]
+            for head in range(heads):
+                keys = pool.keys[0][slots, head * kv_heads // heads].double()
+                values = pool.values[0][slots, head * kv_heads // heads].double()
+                scores = keys @ query[row, head].double() * 0.3
+                scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+                truth = scores.softmax(0) @ values
+                bound = (1e-5 if dtype == torch.float32 else 2**-8) * (truth.norm() + values.abs().max())
+                assert (ours[row, head] - truth).norm() <= bound
+                assert (gathered[row, head] - truth).norm() <= bound
+
+
+def test_bad_requests_and_models_are_refused() -> None:
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    engine = RolloutEngine(model, tokenizer)
+    with pytest.raises(ValueError, match="context is 256"):
+        engine.generate([Request([3] * 250, sampling=SamplingParams(max_tokens=10))])
+    with pytest.raises(ValueError, match="cannot hold one page"):
+        RolloutEngine(model, tokenizer, kv_cache_memory=10)
+    small = RolloutEngine(model, tokenizer, kv_cache_memory=2 * engine.block_bytes)
+    with pytest.raises(ValueError, match="give kv_cache_memory at least"):
+        small.generate([Request([3] * 100, sampling=SamplingParams(max_tokens=10))])
+    with pytest.raises(ValueError, match="sliding-window"):
+        RolloutEngine(tiny.model("mistral", sliding_window=16), tokenizer)
+    with pytest.raises(ValueError, match="at least one token"):
+        Request([])
+    with pytest.raises(ValueError, match="top_p"):
+        SamplingParams(top_p=0)

@@ -97,6 +97,7 @@ page * block_size + offset. Misuse raises ValueError and leaves the cache intact
                 return py::make_tuple(to_numpy(source), to_numpy(target), to_numpy(length));
             },
             "(source slot, target slot, length) of the copies to make before the next write.")
+        .def("acknowledge_copies", &PrefixCache::acknowledge_copies, "The copies taken are done: their sources may go.")
         .def("evict", &PrefixCache::evict, py::arg("n"), "Pages freed, least recently used first.")
         .def("length", &PrefixCache::length, py::arg("seq"))
         .def(

@@ -97,10 +97,9 @@ bool PrefixCache::reserve(const std::vector<int64_t>& sequences, const std::vect
     }
     const int64_t available = static_cast<int64_t>(free_.size()) + cached_;
     if (needed > available) return false;
+    // Pages above the source of a copy that is not yet acknowledged stay, though only the tree holds them.
     const int64_t missing = needed - static_cast<int64_t>(free_.size());
-    if (missing > 0 && evict(static_cast<int32_t>(missing)) < missing) {
-        throw std::logic_error("broken invariant: every page that only the tree holds can be evicted");
-    }
+    if (missing > 0 && evict(static_cast<int32_t>(missing)) < missing) return false;
     for (size_t i = 0; i < sequences.size(); ++i) {
         Sequence& sequence = find(sequences[i]);
         while (static_cast<int32_t>(sequence.reserved.size()) < pages_needed(sequence, lengths[i])) {
@@ -233,12 +232,15 @@ void PrefixCache::release(const std::vector<int64_t>& sequences) {
 }
 
 std::vector<CopyJob> PrefixCache::take_copies() {
-    for (int32_t page : acknowledged_soon_) let_go(page);
-    acknowledged_soon_.swap(copy_sources_);
-    copy_sources_.clear();
     std::vector<CopyJob> jobs;
     jobs.swap(copies_);
     return jobs;
+}
+
+void PrefixCache::acknowledge_copies() {
+    if (!copies_.empty()) throw std::invalid_argument("copies are acknowledged before they were taken");
+    for (int32_t page : copy_sources_) let_go(page);
+    copy_sources_.clear();
 }
 
 int32_t PrefixCache::evict(int32_t count) {
@@ -292,7 +294,6 @@ void PrefixCache::check_integrity() const {
         for (int32_t page : sequence.reserved) ++counted[page];
     }
     for (int32_t page : copy_sources_) ++counted[page];
-    for (int32_t page : acknowledged_soon_) ++counted[page];
     size_t nodes = 0;
     int32_t cached = 0;
     std::vector<const Node*> stack{&root_};

@@ -61,8 +61,9 @@ class PrefixCache {
     void truncate(int64_t sequence, int32_t length);
     void release(const std::vector<int64_t>& sequences);
 
-    // Copy-on-write jobs since the last call; their sources live until the next call.
+    // Copy-on-write jobs since the last call; their sources live until the copies are acknowledged.
     std::vector<CopyJob> take_copies();
+    void acknowledge_copies();
 
     // Frees up to `count` committed pages that no sequence holds, least recently used leaves first.
     int32_t evict(int32_t count);
@@ -116,7 +117,7 @@ class PrefixCache {
     std::vector<Sequence> sequences_;  // slots, reused with a new generation
     std::vector<int32_t> free_sequences_;
     std::vector<CopyJob> copies_;
-    std::vector<int32_t> copy_sources_, acknowledged_soon_;
+    std::vector<int32_t> copy_sources_;  // pages held for copies that are not acknowledged
     int64_t hit_tokens_ = 0, opened_tokens_ = 0, evicted_ = 0, num_copies_ = 0;
 };
 

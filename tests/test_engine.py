@@ -92,10 +92,10 @@ def test_preemption_changes_no_token() -> None:
 def test_a_seed_gives_the_same_tokens_in_any_company() -> None:
     model = tiny.model(seed=6)
     engine = RolloutEngine(model, tiny.tokenizer(), max_batch_size=7)
-    prompt = prompts(1)[0]
-    alone = engine.generate([Request(prompt, n=3, seed=11)])
-    others = [Request(p, n=2, seed=100 + i) for i, p in enumerate(prompts(5, seed=9))]
-    together = engine.generate([*others, Request(prompt, n=5, seed=11)])
+    prompt, short = prompts(1)[0], SamplingParams(max_tokens=30)
+    alone = engine.generate([Request(prompt, n=3, sampling=short, seed=11)])
+    others = [Request(p, n=2, sampling=short, seed=100 + i) for i, p in enumerate(prompts(5, seed=9))]
+    together = engine.generate([*others, Request(prompt, n=5, sampling=short, seed=11)])
     assert [c.token_ids for c in together[-5:-2]] == [c.token_ids for c in alone]
     assert alone[0].token_ids != alone[1].token_ids
 
@@ -133,7 +133,7 @@ def test_stop_tokens_and_strings_end_a_completion() -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny.model().train()
-    RolloutEngine(model, tiny.tokenizer()).generate([Request([4, 5])])
+    RolloutEngine(model, tiny.tokenizer()).generate([Request([4, 5], sampling=GREEDY)])
     assert model.training
     assert model.config._attn_implementation == "sdpa"
 

@@ -305,6 +305,7 @@ class RolloutEngine:
         """Hidden states [N, H] of N tokens at `positions` of sequences with the pages `tables` [N, pages]."""
         device = self.pool.keys.device
         self.pool.copy(*self.cache.take_copies())
+        self.cache.acknowledge_copies()
         slots = tables[np.arange(len(tokens)), positions // self.block_size].astype(np.int64) * self.block_size
         batch = PagedBatch(
             self.pool,

@@ -1,0 +1,1 @@
+"""The demo: a real model, a verifiable task, a short warm-up, then GPO."""

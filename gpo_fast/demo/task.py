@@ -1,0 +1,52 @@
+"""The demo's task: reasoning_gym's `chain_sum` with 4 to 6 terms of one or two digits, solved line by line.
+
+A prompt is the bare expression; a solution adds one term a line, so a newline ends a step and the first wrong line
+can be told by arithmetic. The reward is reasoning_gym's own score of the last line's result.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+TRAIN_SEED, HELD_OUT_SEED = 11, 7_000_003
+_TERM = re.compile(r"[+-]? ?\d+")
+
+
+def chain_sums(count: int, seed: int, skip: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
+    """`count` different problems, none of them with a prompt in `skip`: columns prompt, answer, metadata."""
+    import reasoning_gym
+
+    rows: dict[str, dict[str, Any]] = {}
+    source = reasoning_gym.create_dataset(
+        "chain_sum", size=2 * count + 100, seed=seed, min_terms=4, max_terms=6, min_digits=1, max_digits=2
+    )
+    for item in source:
+        prompt = item["metadata"]["expression"] + " =\n"
+        if prompt not in skip and len(rows) < count:
+            metadata = {"source_dataset": "chain_sum", "expression": item["metadata"]["expression"]}
+            rows.setdefault(prompt, {"prompt": prompt, "answer": item["answer"], "metadata": metadata})
+    if len(rows) < count:
+        raise ValueError(f"only {len(rows)} different problems of {count} could be made with the seed {seed}")
+    return list(rows.values())
+
+
+def held_out(count: int) -> list[dict[str, Any]]:
+    """The evaluation's problems, always the same."""
+    return chain_sums(count, HELD_OUT_SEED)
+
+
+def training(count: int, seed: int = TRAIN_SEED) -> list[dict[str, Any]]:
+    """Problems to learn from; none of them is among the first 1,024 held-out ones."""
+    return chain_sums(count, seed, frozenset(row["prompt"] for row in held_out(1024)))
+
+
+def solution(expression: str) -> str:
+    """The lines that solve an expression: '4 - 1 + 7' gives '4 - 1 = 3' and '3 + 7 = 10'."""
+    terms = [int(t.replace(" ", "")) for t in _TERM.findall(expression)]
+    total, lines = terms[0], []
+    for term in terms[1:]:
+        after = total + term
+        lines.append(f"{total} {'+' if term >= 0 else '-'} {abs(term)} = {after}")
+        total = after
+    return "\n".join(lines)

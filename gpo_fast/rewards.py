@@ -1,0 +1,163 @@
+"""Reward functions with TRL's signature: `(prompts, completions, completion_ids, **columns) -> list[float | None]`."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+from math import isfinite
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+RewardFunction = Callable[..., Any]
+
+
+class RewardResult(NamedTuple):
+    """`total` (n,) weighted sums; `per_function` (n, functions), NaN where a function does not apply."""
+
+    total: np.ndarray
+    per_function: np.ndarray
+
+
+class RewardFunctions:
+    """One or several reward functions, sync or async, and the weighted sum of what they give.
+
+    Raises:
+        ValueError: no function, or not one weight for each.
+        TypeError: something that cannot be called.
+    """
+
+    def __init__(self, functions: Any, weights: Sequence[float] | None = None) -> None:
+        chosen = list(functions) if isinstance(functions, list | tuple) else [functions]
+        if not chosen:
+            raise ValueError("at least one reward function is needed")
+        self.functions = [get_reward(f) if isinstance(f, str) else f for f in chosen]
+        for function in self.functions:
+            if not callable(function):
+                raise TypeError(f"a reward function must be callable, got {function!r}")
+        self.names = [getattr(f, "__name__", type(f).__name__) for f in self.functions]
+        self.weights = np.ones(len(chosen)) if weights is None else np.asarray(weights, dtype=np.float64)
+        if len(self.weights) != len(self.functions):
+            raise ValueError(f"{len(self.functions)} reward functions need as many weights, got {len(self.weights)}")
+
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], columns: dict[str, list[Any]]
+    ) -> RewardResult:
+        """Rewards of n completions. `None` means that a function does not apply to a row.
+
+        Raises:
+            RuntimeError: a function raised.
+            ValueError: the wrong number of values, a NaN, or no function that applies to a row.
+            TypeError: values that are not numbers.
+        """
+        arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        columns_of_scores = [
+            self._checked(name, self._call(name, function, arguments), len(prompts))
+            for name, function in zip(self.names, self.functions)
+        ]
+        scores = np.stack(columns_of_scores, axis=1) if prompts else np.zeros((0, len(self.functions)))
+        silent = np.flatnonzero(np.isnan(scores).all(axis=1))
+        if len(silent):
+            raise ValueError(
+                f"no reward function applies to {len(silent)} of {len(prompts)} completions (all gave None), first to "
+                f"number {silent[0]}: every completion needs at least one reward"
+            )
+        return RewardResult(np.nansum(scores * self.weights, axis=1), scores)
+
+    @staticmethod
+    def _call(name: str, function: RewardFunction, arguments: dict[str, Any]) -> Any:
+        try:
+            values = function(**arguments)
+            return asyncio.run(_finish(values)) if inspect.isawaitable(values) else values
+        except Exception as error:
+            raise RuntimeError(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
+
+    @staticmethod
+    def _checked(name: str, values: Any, count: int) -> np.ndarray:
+        if not hasattr(values, "__len__"):
+            raise TypeError(f"reward function {name!r} must return a list of numbers, got {type(values).__name__}")
+        if len(values) != count:
+            raise ValueError(f"reward function {name!r} returned {len(values)} values for {count} completions")
+        checked = np.full(count, np.nan)
+        for row, value in enumerate(values):
+            if value is None:
+                continue
+            try:
+                checked[row] = float(value)
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"reward function {name!r} returned {value!r} for completion {row}: not a number") from error
+            if not isfinite(checked[row]):
+                raise ValueError(
+                    f"reward function {name!r} returned {checked[row]} for completion {row}: return None where it "
+                    "does not apply"
+                )
+        return checked
+
+
+async def _finish(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def get_reward(name: str) -> RewardFunction:
+    """A reward function by name: `exact_match`, `reasoning_gym`, `math`, or `module:function`.
+
+    Raises:
+        ValueError: no such name; ImportError: the module cannot be imported.
+    """
+    if name in _KNOWN:
+        return _KNOWN[name]
+    if ":" not in name:
+        raise ValueError(f"unknown reward function {name!r}: use one of {', '.join(_KNOWN)}, or 'module:function'")
+    module, _, attribute = name.partition(":")
+    function = getattr(importlib.import_module(module), attribute, None)
+    if function is None:
+        raise ValueError(f"the module {module!r} has no reward function {attribute!r}")
+    return function
+
+
+def text_of(completion: Any) -> str:
+    """The text of a plain completion or of a conversation's last message."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def last_line(text: str) -> str:
+    """The last line that is not blank, without the white space around it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def exact_match(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
+    """1 where the completion's last line is the column `answer`."""
+    return [float(last_line(text_of(c)) == str(a).strip()) for c, a in zip(completions, answer)]
+
+
+def reasoning_gym(completions: list[Any], answer: list[Any], metadata: list[Any], **_: Any) -> list[float]:
+    """reasoning_gym's own score of the text behind the last '=' or ':' of the last line.
+
+    Columns: `answer` and `metadata` (a JSON object with `source_dataset`) of a reasoning_gym item.
+    """
+    import json
+
+    from reasoning_gym import get_score_answer_fn
+
+    scores = []
+    for completion, right, meta in zip(completions, answer, metadata):
+        details = json.loads(meta) if isinstance(meta, str) else meta
+        given = last_line(text_of(completion)).replace(":", "=").rpartition("=")[2].strip()
+        entry = {"answer": right, "metadata": details}
+        scores.append(float(get_score_answer_fn(details["source_dataset"])(given, entry)))
+    return scores
+
+
+def math(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
+    """1 where math-verify finds the completion equal to the column `answer`."""
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ImportError("the reward 'math' needs math-verify: pip install 'math-verify[antlr4_13_2]'") from error
+    return [float(verify(parse(str(a)), parse(text_of(c)))) for c, a in zip(completions, answer)]
+
+
+_KNOWN: dict[str, RewardFunction] = {"exact_match": exact_match, "reasoning_gym": reasoning_gym, "math": math}

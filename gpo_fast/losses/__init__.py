@@ -1,0 +1,6 @@
+"""Fused losses: hidden states in, loss and gradients out, logits never materialised for the whole batch."""
+
+from gpo_fast.losses.linear_logprob import linear_logprob
+from gpo_fast.losses.policy import LossOutput, linear_policy_loss
+
+__all__ = ["LossOutput", "linear_logprob", "linear_policy_loss"]

@@ -1,0 +1,224 @@
+"""`linear_logprob`: log-probabilities of the next tokens straight from hidden states; the logits never exist
+at once."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from gpo_fast.losses.head import IGNORED
+from gpo_fast.losses.ops import LinearLogprob
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    row_offsets: Tensor | None = None,
+    return_entropy: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    row_offsets: Tensor | None = None,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    row_offsets: Tensor | None = None,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probabilities of `targets` under softmax(softcap(hidden @ weight.T + bias) / temperature).
+
+    Args:
+        hidden: (T, H) or (B, T, H), floating point. Row t predicts targets[t]: shift before you call.
+        weight: (V, H), the output head. Without `requires_grad` (the head is frozen, as under LoRA) the
+            forward pass keeps one row of H numbers per token and the backward pass is a scaling of it.
+        targets: int64 of the shape of `hidden` without its last dimension, in [0, V), or -100 for a row to be
+            ignored. With `row_offsets`: (K,).
+        bias: (V,).
+        temperature: positive; the logits are divided by it.
+        softcap: positive; logits z become softcap * tanh(z / softcap), before the temperature.
+        lora: (A (r, H), B (V, r), scale) of an adapter on the head: the weight is `weight + scale * B @ A`,
+            which is never formed.
+        row_offsets: (T + 1,) int64, for several targets per row (the branch points of a packed forest): the
+            targets of row t are targets[row_offsets[t]:row_offsets[t + 1]], distinct within the row. `hidden`
+            is (T, H).
+        return_entropy: also return the entropy of each row's distribution, in nats.
+
+    Returns:
+        float32 log-probabilities of the shape of `targets` (float64 for float64 inputs), 0 where ignored;
+        with `return_entropy` also the entropies, of the shape of `hidden` without its last dimension, 0 for
+        rows that have no target. Both carry gradients to hidden, weight, bias and the adapter. Second
+        derivatives raise.
+
+    Raises:
+        ValueError: for shapes, dtypes, targets or options that do not fit; the message names the value.
+    """
+    logprobs, entropy = logprobs_and_entropy(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        lora=lora,
+        row_offsets=row_offsets,
+        want_entropy=return_entropy,
+        entropy_needs_grad=return_entropy and torch.is_grad_enabled(),
+    )
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+def logprobs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    lora: tuple[Tensor, Tensor, float] | None,
+    row_offsets: Tensor | None,
+    want_entropy: bool,
+    entropy_needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprob` where the entropy need not carry a gradient, which costs a frozen head 2TVH FLOPs."""
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check(hidden, weight, targets, bias, temperature, softcap, row_offsets)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    flat = targets.reshape(-1)
+    extra, lora_b = None, None
+    if lora is not None:
+        lora_a, lora_b, scale = lora
+        _check_lora(lora_a, lora_b, weight)
+        extra = (rows @ lora_a.to(rows.dtype).t()) * scale
+        lora_b = lora_b.to(rows.dtype)
+    logprobs, entropy = LinearLogprob.apply(
+        rows,
+        weight,
+        bias,
+        extra,
+        lora_b,
+        flat,
+        _target_rows(rows, flat, row_offsets),
+        float(temperature),
+        None if softcap is None else float(softcap),
+        want_entropy,
+        entropy_needs_grad,
+    )
+    return logprobs.reshape(targets.shape), entropy.reshape(hidden.shape[:-1])
+
+
+def _target_rows(rows: Tensor, targets: Tensor, row_offsets: Tensor | None) -> Tensor:
+    """The row of each target, ascending."""
+    every_row = torch.arange(rows.shape[0], device=rows.device)
+    if row_offsets is None:
+        return every_row
+    return torch.repeat_interleave(every_row, row_offsets.diff(), output_size=targets.shape[0])
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast does to `torch.nn.functional.linear`, which this replaces."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    row_offsets: Tensor | None,
+) -> None:
+    if hidden.dim() not in (2, 3) or not hidden.is_floating_point():
+        raise ValueError(
+            f"hidden must be a floating-point tensor of shape (T, H) or (B, T, H), got {hidden.dtype} "
+            f"{tuple(hidden.shape)}"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must have the shape (V, {hidden.shape[-1]}), as hidden has it, got {tuple(weight.shape)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise ValueError(
+            "hidden and weight must have one dtype (or run under autocast), got "
+            f"{hidden.dtype} and {weight.dtype}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have the shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, got {targets.dtype}")
+    if row_offsets is None:
+        if targets.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"targets must have the shape {tuple(hidden.shape[:-1])} of the rows of hidden, got "
+                f"{tuple(targets.shape)}"
+            )
+    elif hidden.dim() != 2 or targets.dim() != 1 or row_offsets.shape != (hidden.shape[0] + 1,):
+        raise ValueError(
+            "row_offsets needs hidden (T, H), targets (K,) and row_offsets (T + 1,), got "
+            f"{tuple(hidden.shape)}, {tuple(targets.shape)} and {tuple(row_offsets.shape)}"
+        )
+    if torch.compiler.is_compiling():
+        return
+    wrong = ((targets < 0) & (targets != IGNORED)) | (targets >= weight.shape[0])
+    if bool(wrong.any()):
+        raise ValueError(
+            f"targets must be in [0, {weight.shape[0]}) or {IGNORED}, got {int(targets[wrong][0])}"
+        )
+    if row_offsets is not None:
+        _check_offsets(targets, row_offsets)
+
+
+def _check_offsets(targets: Tensor, row_offsets: Tensor) -> None:
+    lengths = row_offsets.diff()
+    if int(row_offsets[0]) != 0 or int(row_offsets[-1]) != targets.shape[0] or bool((lengths < 0).any()):
+        raise ValueError(f"row_offsets must ascend from 0 to the number of targets, {targets.shape[0]}")
+    pairs = torch.stack([torch.repeat_interleave(lengths), targets], dim=1)[targets != IGNORED]
+    if torch.unique(pairs, dim=0).shape[0] != pairs.shape[0]:
+        raise ValueError("the targets of one row must be distinct: merge equal targets and add their weights")
+
+
+def _check_lora(lora_a: Tensor, lora_b: Tensor, weight: Tensor) -> None:
+    rank = lora_a.shape[0]
+    if lora_a.shape != (rank, weight.shape[1]) or lora_b.shape != (weight.shape[0], rank):
+        raise ValueError(
+            f"lora must be (A (r, {weight.shape[1]}), B ({weight.shape[0]}, r), scale), got A "
+            f"{tuple(lora_a.shape)} and B {tuple(lora_b.shape)}"
+        )

@@ -1,0 +1,413 @@
+"""Policy losses on log-probabilities, and `linear_policy_loss`, which computes those from hidden states.
+
+With l the new log-probability of a token, r = exp(l - l_old) its ratio, A its advantage and w its weight:
+
+    awr      -w exp(A / awr_beta) l                        advantage-weighted regression (GPO, Theorem 5.3)
+    ppo      -w min(r A, clip(r) A), dual clip for A < 0   arXiv 1707.06347, 1912.09729
+    grpo     the same, mean over each sequence, then mean over sequences   arXiv 2402.03300
+    bnpo     the same, mean over the tokens of the batch   (the normaliser of TRL's "bnpo")
+    dapo     the same, mean over all tokens, asymmetric clip   arXiv 2503.14476
+    dr_grpo  the same, divided by sequences * max_completion_length   arXiv 2503.20783
+    gspo     r is the geometric mean of its sequence's ratios, normalised as grpo   arXiv 2507.18071
+    cispo    -w stop_gradient(min(r, 1 + epsilon_high)) A l, mean over all tokens   arXiv 2506.13585
+    rloo     r is the product of its sequence's ratios, mean over sequences   arXiv 2402.14740
+
+The expensive part is the log-probabilities; everything here is vector arithmetic on T numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gpo_fast.losses.head import IGNORED
+from gpo_fast.losses.linear_logprob import logprobs_and_entropy
+
+PolicyLoss = Literal["awr", "ppo", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
+KLEstimator = Literal["k1", "k2", "k3"]
+
+# exp(20) is 5e8: a ratio beyond it carries no information, only overflow. The gradient is zero where it is
+# clamped.
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass
+class LossOutput:
+    """A loss and what was seen on the way. Everything but `loss` is detached."""
+
+    loss: Tensor  # scalar
+    logprobs: Tensor  # the shape of targets, float32, 0 where ignored
+    entropy: Tensor | None  # the shape of targets, nats, 0 where ignored
+    metrics: dict[str, Tensor]  # scalars
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which sequence each of T rows belongs to. Sums over sequences are deterministic on every device."""
+
+    ids: Tensor  # (T,) ascending
+    offsets: Tensor  # (S + 1,)
+
+    @property
+    def count(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        """(T,) -> (S,)."""
+        return torch.segment_reduce(values, "sum", offsets=self.offsets, initial=0.0)
+
+
+@dataclass(frozen=True)
+class Normalisers:
+    """What the sums of a loss are divided by."""
+
+    sequences: Tensor  # scalar
+    tokens: Tensor  # scalar
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    loss_type: PolicyLoss,
+    advantages: Tensor,
+    sequence_ids: Tensor | None = None,
+    step_ids: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    weights: Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    dual_clip: float | None = None,
+    beta: float = 0.0,
+    kl: KLEstimator = "k3",
+    awr_beta: float = 1.0,
+    awr_max_exponent: float = 5.0,
+    importance_cap: float = 2.0,
+    max_completion_length: int | None = None,
+    entropy_coef: float = 0.0,
+    return_entropy: bool = True,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+) -> LossOutput:
+    """A policy-gradient loss straight from hidden states. Minimise `loss`.
+
+    Args:
+        hidden, weight, targets, bias, temperature, softcap, lora: as in `linear_logprob`; (T, H) and (T,), or
+            (B, T, H) and (B, T), where each row of the batch is one sequence. Targets of -100 are ignored.
+        loss_type: see the head of this module for the formulas.
+        advantages: (number of steps,) if `step_ids` is given; else per token if it has the shape of
+            `targets`; else per sequence, (S,). "rloo" takes them per sequence only.
+        sequence_ids: (T,) int64, ascending from 0, for flat rows; default: all rows are one sequence.
+        step_ids: int64 of the shape of `targets`: the step of each token in one numbering for the whole
+            batch. Ignored rows may have any number.
+        old_logprobs: of the shape of `targets`: log-probabilities under the policy that the ratio is taken
+            against. None: on-policy; the ratio is 1 and carries the gradient.
+        ref_logprobs: of the shape of `targets`, for the KL term `beta * kl(l, l_ref)`: with d = l_ref - l,
+            "k1" is -d, "k2" is d**2 / 2 and "k3" is exp(d) - d - 1 (exponent and gradient clamped at 20).
+        rollout_logprobs: of the shape of `targets`: what the sampler recorded, where it differs from the
+            trainer. The policy term of a token is multiplied by min(exp(l_old - l_rollout), importance_cap):
+            truncated importance sampling. The KL and entropy terms are not.
+        weights: of the shape of `targets`: multiplies all terms of a token. The counts below are not
+            weighted.
+        num_sequences, num_tokens: replace the batch's own number of sequences / of tokens in the normaliser.
+            Under gradient accumulation pass the numbers of all micro-batches together and add up the losses;
+            under data parallelism, where gradients are averaged, the global number divided by the number of
+            ranks.
+        epsilon, epsilon_high: the ratio is clipped to [1 - epsilon, 1 + epsilon_high]; None: the same as
+            epsilon.
+        dual_clip: where A < 0, the policy term is at most dual_clip * |A|; greater than 1.
+        beta, kl: weight and estimator of the KL term. It is averaged over tokens as the policy term is;
+            "rloo" takes its mean over each sequence.
+        awr_beta, awr_max_exponent: "awr" weighs a token with exp(min(A / awr_beta, awr_max_exponent)). Where
+            the exponent is clamped, no gradient flows to the advantages.
+        max_completion_length: of "dr_grpo".
+        entropy_coef: the loss gets minus this times the mean (weighted) entropy of the tokens.
+        return_entropy: compute the entropies even where the loss does not need them.
+
+    Returns:
+        LossOutput with the metrics ratio_mean, clip_fraction_low, clip_fraction_high, approx_kl (between the
+        old and the new policy, k3), and, where they exist, kl (to the reference), entropy and
+        importance_weight_mean. All are means over the tokens of this batch.
+
+    Raises:
+        ValueError: for a value or a shape that does not fit; the message names it.
+    """
+    _check_options(loss_type, kl, epsilon, epsilon_high, dual_clip, awr_beta, importance_cap)
+    if loss_type == "dr_grpo" and (max_completion_length is None or max_completion_length < 1):
+        raise ValueError(f"dr_grpo needs max_completion_length, at least 1; got {max_completion_length}")
+    if beta != 0.0 and ref_logprobs is None:
+        raise ValueError(f"beta = {beta} needs ref_logprobs; pass them, or beta=0")
+    for name, value in (
+        ("old_logprobs", old_logprobs),
+        ("ref_logprobs", ref_logprobs),
+        ("rollout_logprobs", rollout_logprobs),
+        ("weights", weights),
+        ("step_ids", step_ids),
+    ):
+        if value is not None and value.shape != targets.shape:
+            raise ValueError(
+                f"{name} must have the shape {tuple(targets.shape)} of targets, got {tuple(value.shape)}"
+            )
+    sequences = _sequences(targets, sequence_ids)
+    advantage = _token_advantages(advantages, targets, sequences, step_ids, loss_type)
+
+    needed = targets
+    if weights is not None and loss_type not in ("gspo", "rloo"):
+        # A token without weight adds nothing; the sequence ratios of the other two losses are still made of
+        # it.
+        needed = torch.where(weights == 0, IGNORED, targets)
+    logprobs, entropy = logprobs_and_entropy(
+        hidden,
+        weight,
+        needed,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        lora=lora,
+        row_offsets=None,
+        want_entropy=return_entropy or entropy_coef != 0.0,
+        entropy_needs_grad=entropy_coef != 0.0 and torch.is_grad_enabled(),
+    )
+
+    def flat(values: Tensor) -> Tensor:
+        return values.reshape(-1).to(logprobs.dtype)
+
+    new = logprobs.reshape(-1)
+    mask = (targets != IGNORED).reshape(-1)
+    present = (needed != IGNORED).reshape(-1)
+    old = new.detach() if old_logprobs is None else torch.where(present, flat(old_logprobs), 0.0)
+    normalisers = Normalisers(
+        _count(num_sequences, torch.tensor(sequences.count), new, "num_sequences"),
+        _count(num_tokens, mask.sum(), new, "num_tokens"),
+    )
+    token_share = _token_share(loss_type, sequences, mask, normalisers, max_completion_length)
+    terms, log_ratio = _policy_terms(
+        loss_type,
+        new,
+        old,
+        advantage.to(new.dtype),
+        sequences,
+        mask,
+        epsilon,
+        epsilon if epsilon_high is None else epsilon_high,
+        dual_clip,
+        awr_beta,
+        awr_max_exponent,
+    )
+    metrics = _ratio_metrics(
+        log_ratio.detach(), present, epsilon, epsilon if epsilon_high is None else epsilon_high
+    )
+    if rollout_logprobs is not None:
+        mismatch = torch.where(present, old.detach() - flat(rollout_logprobs), 0.0)
+        importance = mismatch.clamp(max=MAX_LOG_RATIO).exp().clamp(max=importance_cap)
+        terms = terms * importance
+        metrics["importance_weight_mean"] = _masked_mean(importance, present)
+    if ref_logprobs is not None:
+        divergence = kl_estimate(kl, new, torch.where(present, flat(ref_logprobs), 0.0))
+        metrics["kl"] = _masked_mean(divergence.detach(), present)
+        if beta != 0.0:
+            terms = terms + beta * divergence
+    token_weight = token_share if weights is None else token_share * flat(weights)
+    loss = (torch.where(present, terms, 0.0) * token_weight).sum()
+
+    with_entropy = return_entropy or entropy_coef != 0.0
+    if with_entropy:
+        metrics["entropy"] = _masked_mean(entropy.detach().reshape(-1), present)
+    if entropy_coef != 0.0:
+        weighted = entropy.reshape(-1) if weights is None else entropy.reshape(-1) * flat(weights)
+        loss = loss - entropy_coef * weighted.sum() / normalisers.tokens
+    return LossOutput(loss, logprobs.detach(), entropy.detach() if with_entropy else None, metrics)
+
+
+def kl_estimate(kind: KLEstimator, new: Tensor, ref: Tensor) -> Tensor:
+    """Per-token estimates of KL(new || ref) on tokens drawn from `new` (Schulman, 2020)."""
+    difference = ref - new
+    if kind == "k1":
+        return -difference
+    if kind == "k2":
+        return 0.5 * difference * difference
+    return difference.clamp(max=MAX_LOG_RATIO).exp() - difference - 1
+
+
+def _policy_terms(
+    loss_type: PolicyLoss,
+    new: Tensor,
+    old: Tensor,
+    advantage: Tensor,
+    sequences: Sequences,
+    mask: Tensor,
+    epsilon: float,
+    epsilon_high: float,
+    dual_clip: float | None,
+    awr_beta: float,
+    awr_max_exponent: float,
+) -> tuple[Tensor, Tensor]:
+    """The policy term of each token (T,), to be minimised, and the log-ratio that it used."""
+    log_ratio = (new - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if loss_type == "awr":
+        return -torch.exp((advantage / awr_beta).clamp(max=awr_max_exponent)) * new, log_ratio
+    if loss_type == "cispo":
+        return -log_ratio.detach().exp().clamp(max=1 + epsilon_high) * advantage * new, log_ratio
+    if loss_type == "gspo":
+        log_ratio = _sequence_log_ratio(new - old, sequences, mask, mean=True)
+    elif loss_type == "rloo":
+        log_ratio = _sequence_log_ratio(new - old, sequences, mask, mean=False)
+    ratio = log_ratio.exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantage)
+    if dual_clip is not None:
+        gain = torch.where(advantage < 0, torch.maximum(gain, dual_clip * advantage), gain)
+    return -gain, log_ratio
+
+
+def _sequence_log_ratio(token_log_ratio: Tensor, sequences: Sequences, mask: Tensor, *, mean: bool) -> Tensor:
+    """The log-ratio of each token's sequence (T,): the mean or the sum over its tokens.
+
+    With `mean`, each token carries the gradient of its own log-probability alone (GSPO's token form, arXiv
+    2507.18071, section 4.3): where the advantage is one per sequence, this has the gradient of the sequence
+    form, and it also admits advantages per token. With the sum, each copy carries the gradient of the whole
+    sequence.
+    """
+    kept = torch.where(mask, token_log_ratio, 0.0)
+    if not mean:
+        return sequences.sum(kept)[sequences.ids].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    average = sequences.sum(kept.detach()) / sequences.sum(mask.to(kept.dtype)).clamp(min=1.0)
+    own = token_log_ratio - token_log_ratio.detach()
+    return (average[sequences.ids] + own).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def _token_share(
+    loss_type: PolicyLoss,
+    sequences: Sequences,
+    mask: Tensor,
+    normalisers: Normalisers,
+    max_completion_length: int | None,
+) -> Tensor:
+    """What each token's term is multiplied by in the loss: (T,) or a scalar."""
+    if loss_type in ("ppo", "bnpo", "dapo", "cispo"):
+        return 1.0 / normalisers.tokens
+    if loss_type == "awr":
+        return 1.0 / normalisers.sequences
+    if loss_type == "dr_grpo":
+        return 1.0 / (normalisers.sequences * float(max_completion_length or 1))
+    lengths = sequences.sum(mask.to(normalisers.sequences.dtype)).clamp(min=1.0)
+    return 1.0 / (lengths[sequences.ids] * normalisers.sequences)
+
+
+def _sequences(targets: Tensor, sequence_ids: Tensor | None) -> Sequences:
+    if targets.dim() == 2:
+        if sequence_ids is not None:
+            raise ValueError("sequence_ids belong to flat rows: with targets (B, T) each row is a sequence")
+        count, length = targets.shape
+        ids = torch.arange(count, device=targets.device).repeat_interleave(length)
+        return Sequences(ids, torch.arange(count + 1, device=targets.device) * length)
+    if sequence_ids is None:
+        return Sequences(
+            torch.zeros_like(targets), torch.tensor([0, targets.shape[0]], device=targets.device)
+        )
+    if sequence_ids.shape != targets.shape or sequence_ids.dtype != torch.int64:
+        raise ValueError(
+            f"sequence_ids must be int64 of the shape {tuple(targets.shape)} of targets, got "
+            f"{sequence_ids.dtype} {tuple(sequence_ids.shape)}"
+        )
+    if targets.shape[0] == 0:
+        return Sequences(sequence_ids, torch.zeros(1, dtype=torch.int64, device=targets.device))
+    if int(sequence_ids[0]) < 0 or bool((sequence_ids.diff() < 0).any()):
+        raise ValueError("sequence_ids must be ascending and not negative: sort the rows by sequence")
+    count = int(sequence_ids[-1]) + 1
+    edges = torch.arange(count + 1, device=targets.device)
+    return Sequences(sequence_ids, torch.searchsorted(sequence_ids.contiguous(), edges))
+
+
+def _token_advantages(
+    advantages: Tensor, targets: Tensor, sequences: Sequences, step_ids: Tensor | None, loss_type: PolicyLoss
+) -> Tensor:
+    """One advantage for each token, (T,)."""
+    if step_ids is not None:
+        if advantages.dim() != 1:
+            raise ValueError(f"with step_ids, advantages must be (steps,), got {tuple(advantages.shape)}")
+        _forbid_rloo(loss_type, "step")
+        kept = torch.where(targets == IGNORED, 0, step_ids).reshape(-1)
+        if advantages.shape[0] == 0:
+            if bool((targets != IGNORED).any()):
+                raise ValueError("step_ids name steps, but advantages is empty")
+            return advantages.new_zeros(kept.shape)
+        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= advantages.shape[0]):
+            raise ValueError(
+                f"step_ids of tokens with a target must be in [0, {advantages.shape[0]}), the number of "
+                f"advantages; got {int(kept.min())} to {int(kept.max())}"
+            )
+        return advantages[kept]
+    if advantages.shape == targets.shape:
+        if sequences.count != advantages.numel():
+            _forbid_rloo(loss_type, "token")
+        return advantages.reshape(-1)
+    if advantages.shape == (sequences.count,):
+        return advantages[sequences.ids]
+    raise ValueError(
+        f"advantages must be per sequence ({sequences.count},) or per token {tuple(targets.shape)}, or per "
+        f"step with step_ids; got {tuple(advantages.shape)}"
+    )
+
+
+def _forbid_rloo(loss_type: PolicyLoss, unit: str) -> None:
+    if loss_type == "rloo":
+        raise ValueError(f"rloo has one ratio per sequence and takes advantages per sequence, not per {unit}")
+
+
+def _count(given: float | Tensor | None, counted: Tensor, like: Tensor, name: str) -> Tensor:
+    """A normaliser as a scalar tensor; a batch without tokens has the loss 0, not NaN."""
+    if given is None:
+        return counted.to(device=like.device, dtype=like.dtype).clamp(min=1.0)
+    value = torch.as_tensor(given, device=like.device, dtype=like.dtype)
+    if value.dim() != 0 or not bool(value > 0):
+        raise ValueError(f"{name} must be one positive number, got {given}")
+    return value
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def _ratio_metrics(log_ratio: Tensor, mask: Tensor, epsilon: float, epsilon_high: float) -> dict[str, Tensor]:
+    ratio = log_ratio.exp()
+    return {
+        "ratio_mean": _masked_mean(ratio, mask),
+        "clip_fraction_low": _masked_mean((ratio < 1 - epsilon).to(ratio.dtype), mask),
+        "clip_fraction_high": _masked_mean((ratio > 1 + epsilon_high).to(ratio.dtype), mask),
+        "approx_kl": _masked_mean(ratio - 1 - log_ratio, mask),
+    }
+
+
+def _check_options(
+    loss_type: str,
+    kl: str,
+    epsilon: float,
+    epsilon_high: float | None,
+    dual_clip: float | None,
+    awr_beta: float,
+    importance_cap: float,
+) -> None:
+    if loss_type not in get_args(PolicyLoss):
+        raise ValueError(f"loss_type must be one of {', '.join(get_args(PolicyLoss))}; got {loss_type!r}")
+    if kl not in get_args(KLEstimator):
+        raise ValueError(f"kl must be one of {', '.join(get_args(KLEstimator))}; got {kl!r}")
+    if not 0 <= epsilon < 1:
+        raise ValueError(f"epsilon must be in [0, 1), got {epsilon}")
+    if epsilon_high is not None and epsilon_high < 0:
+        raise ValueError(f"epsilon_high must not be negative, got {epsilon_high}")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip must be greater than 1 or None, got {dual_clip}")
+    if not awr_beta > 0:
+        raise ValueError(f"awr_beta must be positive, got {awr_beta}")
+    if not importance_cap > 0:
+        raise ValueError(f"importance_cap must be positive, got {importance_cap}")

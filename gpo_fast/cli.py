@@ -119,7 +119,7 @@ def critical(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Option(help="Path or hub id of the model.")],
-    dataset: Annotated[str, typer.Option(help="JSON lines file or `reasoning_gym:TASK`.")],
+    dataset: Annotated[str, typer.Option(help="JSON-lines file, `module:function` or hub id.")],
     reward: Annotated[str, typer.Option(help="Reward function: a known name or `module:function`.")] = "exact_match",
     num_problems: Annotated[int, typer.Option(help="Problems to sample at most.")] = 256,
     max_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.")] = 256,
@@ -128,7 +128,7 @@ def evaluate(
 ) -> None:
     """Accuracy of a model on a data set, with a 95 % interval.
 
-    Example: `gpo-fast eval --model gpo-demo/model --dataset reasoning_gym:chain_sum --reward reasoning_gym`
+    Example: `gpo-fast eval --model gpo-demo/model --dataset problems.jsonl --reward reasoning_gym`
     """
     from gpo_fast.launch import evaluate_model
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
-from math import isfinite
 from collections.abc import Callable, Sequence
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,7 +87,9 @@ class RewardFunctions:
             try:
                 checked[row] = float(value)
             except (TypeError, ValueError) as error:
-                raise TypeError(f"reward function {name!r} returned {value!r} for completion {row}: not a number") from error
+                raise TypeError(
+                    f"reward function {name!r} returned {value!r} for completion {row}: not a number"
+                ) from error
             if not isfinite(checked[row]):
                 raise ValueError(
                     f"reward function {name!r} returned {checked[row]} for completion {row}: return None where it "

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 import gpo_fast
 from gpo_fast.config import GPOConfig
@@ -78,9 +78,14 @@ class GPOTrainer(Trainer):
         FileExistsError: `args.output_dir` holds something that is not a run.
     """
 
+    args: GPOConfig
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: Any,
         reward_funcs: Any,
         args: GPOConfig | None = None,
         train_dataset: Any = None,
@@ -98,7 +103,7 @@ class GPOTrainer(Trainer):
         check_dataset(train_dataset)
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
-        self.run_files = RunFiles(args.output_dir)
+        self.run_files = RunFiles(args.output_dir or "gpo-run")
         if args.world_size > 1:
             raise ValueError(f"GPOTrainer runs on one process so far, got a world of {args.world_size}")
         if isinstance(model, str):
@@ -120,7 +125,7 @@ class GPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=list,
+            data_collator=lambda examples: examples,  # type: ignore[arg-type,return-value]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -208,13 +213,12 @@ class GPOTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def sample_rewards(self, examples: Sequence[dict[str, Any]], temperature: float | None = None) -> torch.Tensor:
+    def sample_rewards(self, examples: Sequence[dict[str, Any]], seed: int = 0) -> torch.Tensor:
         """Rewards of one completion for each example with the present weights. float64, shape (n,)."""
         self.engine.update_weights()
-        rewards = self.sampler.score_once(examples, self.args.temperature if temperature is None else temperature)
-        return torch.from_numpy(rewards)
+        return torch.from_numpy(self.sampler.score_once(examples, self.args.temperature, seed))
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         if isinstance(resume_from_checkpoint, str | Path):
             mark = Path(resume_from_checkpoint) / COMPLETE_MARK
             if not mark.is_file():
@@ -257,7 +261,7 @@ class GPOTrainer(Trainer):
                     hidden,
                     self._head().weight,
                     targets,
-                    loss_type=args.loss_type,
+                    loss_type=args.loss_type,  # type: ignore[arg-type]
                     advantages=advantages,
                     sequence_ids=sequence_ids,
                     old_logprobs=old if args.steps_per_generation > 1 else None,

@@ -1,4 +1,4 @@
-"""The demo's task: reasoning_gym's `chain_sum` with 4 to 6 terms of one or two digits, solved line by line.
+"""The demo's task: reasoning_gym's `chain_sum` with 4 to 6 terms of one digit, solved line by line.
 
 A prompt is the bare expression; a solution adds one term a line, so a newline ends a step and the first wrong line
 can be told by arithmetic. The reward is reasoning_gym's own score of the last line's result.
@@ -19,7 +19,7 @@ def chain_sums(count: int, seed: int, skip: frozenset[str] = frozenset()) -> lis
 
     rows: dict[str, dict[str, Any]] = {}
     source = reasoning_gym.create_dataset(
-        "chain_sum", size=2 * count + 100, seed=seed, min_terms=4, max_terms=6, min_digits=1, max_digits=2
+        "chain_sum", size=2 * count + 100, seed=seed, min_terms=4, max_terms=6, min_digits=1, max_digits=1
     )
     for item in source:
         prompt = item["metadata"]["expression"] + " =\n"
@@ -50,3 +50,8 @@ def solution(expression: str) -> str:
         lines.append(f"{total} {'+' if term >= 0 else '-'} {abs(term)} = {after}")
         total = after
     return "\n".join(lines)
+
+
+def problems() -> list[dict[str, Any]]:
+    """2,048 training problems, for configurations that name a data set by a function."""
+    return training(2048)

@@ -120,19 +120,21 @@ def logprobs_and_entropy(
         _check_lora(lora_a, lora_b, weight)
         extra = (rows @ lora_a.to(rows.dtype).t()) * scale
         lora_b = lora_b.to(rows.dtype)
-    logprobs, entropy = LinearLogprob.apply(
-        rows,
-        weight,
-        bias,
-        extra,
-        lora_b,
-        flat,
-        _target_rows(rows, flat, row_offsets),
-        float(temperature),
-        None if softcap is None else float(softcap),
-        want_entropy,
-        entropy_needs_grad,
-    )
+    # The inputs have their final types: autocast inside would round the float32 logits to its own.
+    with torch.autocast(hidden.device.type, enabled=False):
+        logprobs, entropy = LinearLogprob.apply(
+            rows,
+            weight,
+            bias,
+            extra,
+            lora_b,
+            flat,
+            _target_rows(rows, flat, row_offsets),
+            float(temperature),
+            None if softcap is None else float(softcap),
+            want_entropy,
+            entropy_needs_grad,
+        )
     return logprobs.reshape(targets.shape), entropy.reshape(hidden.shape[:-1])
 
 
@@ -173,8 +175,7 @@ def _check(
         )
     if weight.dtype != hidden.dtype:
         raise ValueError(
-            "hidden and weight must have one dtype (or run under autocast), got "
-            f"{hidden.dtype} and {weight.dtype}"
+            f"hidden and weight must have one dtype (or run under autocast), got {hidden.dtype} and {weight.dtype}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have the shape ({weight.shape[0]},), got {tuple(bias.shape)}")
@@ -199,9 +200,7 @@ def _check(
         return
     wrong = ((targets < 0) & (targets != IGNORED)) | (targets >= weight.shape[0])
     if bool(wrong.any()):
-        raise ValueError(
-            f"targets must be in [0, {weight.shape[0]}) or {IGNORED}, got {int(targets[wrong][0])}"
-        )
+        raise ValueError(f"targets must be in [0, {weight.shape[0]}) or {IGNORED}, got {int(targets[wrong][0])}")
     if row_offsets is not None:
         _check_offsets(targets, row_offsets)
 

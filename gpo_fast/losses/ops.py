@@ -226,9 +226,7 @@ class LinearLogprob(torch.autograd.Function):
                 entropy_row if ctx.entropy_needs_grad else None,
             )
             head = Head(weight, temperature=temperature, softcap=softcap)
-            grad_hidden = chunked.backward_frozen(
-                head, rows, targets, target_rows, grad_logprobs, grad_entropy
-            )
+            grad_hidden = chunked.backward_frozen(head, rows, targets, target_rows, grad_logprobs, grad_entropy)
             return (grad_hidden.to(expected.dtype), None, None, None, None, *nothing)
         hidden, weight, bias, extra, lora_b, _, _, lse, entropy = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:5])

@@ -74,7 +74,7 @@ def paged_attention_forward(
     """Writes the new keys and values, then attends. Returns [1, N, heads, head size]."""
     if paged_batch is None:
         raise RuntimeError(f"the attention {NAME!r} runs only inside a RolloutEngine")
-    layer = module.layer_idx
+    layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = paged_batch.pool.keys[layer], paged_batch.pool.values[layer]
     keys.index_copy_(0, paged_batch.slots, key[0].transpose(0, 1).to(keys.dtype))
     values.index_copy_(0, paged_batch.slots, value[0].transpose(0, 1).to(values.dtype))

@@ -1,0 +1,157 @@
+"""What the command line does behind its options: load model, data and rewards by name, then train, search, evaluate."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from gpo_fast.config import RunSpec, load_config
+from gpo_fast.critical import CriticalStepFinder
+from gpo_fast.data import check_dataset, decode_completion, encode_prompt
+from gpo_fast.evaluation import Accuracy, accuracy_of
+from gpo_fast.report import write_report
+from gpo_fast.rewards import RewardFunctions
+from gpo_fast.rollout import Completion, Request, RolloutEngine, SamplingParams
+from gpo_fast.run_files import last_checkpoint, read_records
+
+
+def train_from_config(path: Path, overrides: dict[str, Any]) -> None:
+    """Trains as a YAML file says; goes on from the last whole checkpoint of the output folder, if there is one."""
+    from gpo_fast.trainer import GPOTrainer
+
+    spec, config = load_config(path, overrides)
+    model, tokenizer = load_model(spec.model, spec.dtype, spec.trust_remote_code)
+    trainer = GPOTrainer(
+        model=model,
+        reward_funcs=spec.rewards,
+        args=config,
+        train_dataset=load_rows(spec.dataset, spec.split),
+        eval_dataset=load_rows(spec.eval_dataset, spec.split) if spec.eval_dataset else None,
+        processing_class=tokenizer,
+        peft_config=_lora(spec),
+    )
+    checkpoint = last_checkpoint(trainer.run_files.folder)
+    print(f"going on from {checkpoint}" if checkpoint else f"a new run in {trainer.run_files.folder}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(trainer.run_files.folder / "model"))
+    tokenizer.save_pretrained(trainer.run_files.folder / "model")
+    print(write_report(trainer.run_files.folder))
+
+
+def find_critical(
+    path: Path, model_name: str, reward: str, *, num_samples: int, criterion: Any, max_tokens: int, seed: int
+) -> list[dict[str, Any]]:
+    """Critical steps of the trajectories in a JSON-lines file, as records for `critical_table`."""
+    rows = load_rows(str(path), "train")
+    missing = [i for i, row in enumerate(rows) if not isinstance(row.get("completion"), str)]
+    if missing:
+        raise ValueError(f"{path}: row {missing[0]} has no text in the column 'completion'")
+    model, tokenizer = load_model(model_name)
+    engine, rewards = RolloutEngine(model, tokenizer), RewardFunctions(reward)
+    trajectories = []
+    for i, row in enumerate(rows):
+        prompt = encode_prompt(row["prompt"], tokenizer, engine.max_length)
+        tokens = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        nothing = [0.0] * len(tokens)
+        trajectories.append(Completion(i, 0, prompt, tokens, nothing, nothing, "stop"))
+    owner = {id(t.prompt_token_ids): row for t, row in zip(trajectories, rows)}
+
+    def outcome(completions: Any) -> list[float]:
+        mine = [owner[id(c.prompt_token_ids)] for c in completions]
+        texts = [decode_completion(c.token_ids, tokenizer) for c in completions]
+        columns = {k: [row[k] for row in mine] for k in rows[0] if k not in ("prompt", "completion")}
+        return rewards([r["prompt"] for r in mine], texts, [c.token_ids for c in completions], columns).total.tolist()
+
+    finder = CriticalStepFinder(
+        engine,
+        outcome,
+        n_samples=num_samples,
+        criterion=criterion,
+        sampling=SamplingParams(max_tokens=max_tokens),
+        seed=seed,
+    )
+    return [
+        {
+            "prompt": str(row["prompt"]),
+            "reward": found.reward,
+            "critical": found.index,
+            "token_position": found.token_position,
+            "num_rollouts": found.num_rollouts,
+            "num_tokens": found.num_tokens,
+            "steps": [
+                {
+                    "text": decode_completion(trajectory.token_ids[step.start : step.end], tokenizer),
+                    "value": value,
+                    "standard_error": error,
+                    "advantage": advantage,
+                }
+                for step, value, error, advantage in zip(
+                    found.steps, found.values, found.standard_errors, found.advantages
+                )
+            ],
+        }
+        for row, trajectory, found in zip(rows, trajectories, finder.find(trajectories))
+    ]
+
+
+def evaluate_model(
+    model_name: str, dataset: str, reward: str, num_problems: int, max_tokens: int, temperature: float, seed: int
+) -> Accuracy:
+    """Accuracy of one completion for each problem."""
+    rows = load_rows(dataset, "test")[:num_problems]
+    model, tokenizer = load_model(model_name)
+    engine, rewards = RolloutEngine(model, tokenizer), RewardFunctions(reward)
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    requests = [
+        Request(encode_prompt(row["prompt"], tokenizer, engine.max_length - max_tokens), 1, sampling, seed + i)
+        for i, row in enumerate(rows)
+    ]
+    drawn = engine.generate(requests)
+    texts = [decode_completion(c.token_ids, tokenizer) for c in drawn]
+    columns = {k: [row[k] for row in rows] for k in rows[0] if k != "prompt"}
+    scored = rewards([r["prompt"] for r in rows], texts, [c.token_ids for c in drawn], columns)
+    return accuracy_of(scored.total.tolist())
+
+
+def load_model(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder or a hub id, on the first CUDA device if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    model = model.eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def load_rows(name: str, split: str) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, of `module:function` (called without arguments), or of a data set of the hub.
+
+    Raises:
+        ValueError: no rows, or rows without a `prompt`.
+    """
+    rows: list[dict[str, Any]]
+    if Path(name).suffix in (".json", ".jsonl"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"no data set at {name}")
+        rows = read_records(Path(name))
+    elif ":" in name:
+        module, _, function = name.partition(":")
+        rows = getattr(importlib.import_module(module), function)()
+    else:
+        import datasets
+
+        rows = list(datasets.load_dataset(name, split=split))
+    check_dataset(rows, name)
+    return json.loads(json.dumps(rows))
+
+
+def _lora(spec: RunSpec) -> Any:
+    if spec.lora_r < 1:
+        return None
+    from peft import LoraConfig
+
+    alpha = spec.lora_alpha or 2 * spec.lora_r
+    return LoraConfig(r=spec.lora_r, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0)

@@ -30,7 +30,7 @@ from gpo_fast.rollout import RolloutEngine
 from gpo_fast.run_files import COMPLETE_MARK, RunFiles, write_atomically
 
 IGNORED = -100
-KL_ROWS = 16  # rows on which the divergence from the reference is measured when it is not part of the loss
+KL_ROWS = 8  # rows on which the divergence from the reference is measured when it is not part of the loss
 
 
 class RepeatSampler(Sampler[int]):

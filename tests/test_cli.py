@@ -1,0 +1,103 @@
+"""The command line, in this process: help, overrides, and every command on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from gpo_fast import cli
+from gpo_fast.demo.task import chain_sums, held_out, solution, training
+from gpo_fast.rewards import reasoning_gym
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture
+def saved_model(tmp_path: Path) -> Path:
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "critical", "eval", "report", "version"])
+def test_help_teaches_by_example(command: str) -> None:
+    result = RUNNER.invoke(cli.app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"gpo-fast {command}" in result.output.split("Example:")[1]
+
+
+def test_overrides_are_read_as_values() -> None:
+    given = ["--learning_rate", "1e-4", "--use-gpo=false", "--max_steps", "-1", "--stop", "[a, b]", "--model", "x"]
+    read = cli.parse_overrides(given)
+    assert read == {"learning_rate": 1e-4, "use_gpo": False, "max_steps": -1, "stop": ["a", "b"], "model": "x"}
+    with pytest.raises(ValueError, match="needs a value"):
+        cli.parse_overrides(["--model"])
+    with pytest.raises(ValueError, match="expected --field value"):
+        cli.parse_overrides(["model"])
+
+
+def test_critical_eval_and_report(saved_model: Path, tmp_path: Path) -> None:
+    data = lines(
+        tmp_path / "data.jsonl",
+        [
+            {"prompt": "1+1=", "completion": "one\nand one\nis 2", "answer": "2"},
+            {"prompt": "2=", "completion": "", "answer": "2"},
+        ],
+    )
+    common = [str(data), "--model", str(saved_model), "--max-tokens", "20"]
+    result = RUNNER.invoke(cli.app, ["critical", *common, "--json"], catch_exceptions=False)
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [len(f["steps"]) for f in found] == [3, 1]
+    assert found[0]["num_rollouts"] == 12
+    table = RUNNER.invoke(cli.app, ["critical", *common], catch_exceptions=False)
+    assert "advantage" in table.output
+    options = ["eval", "--model", str(saved_model), "--dataset", str(data), "--max-tokens", "8"]
+    scored = RUNNER.invoke(cli.app, options, catch_exceptions=False)
+    assert "95 % interval" in scored.output
+
+
+def test_training_from_a_file_and_its_report(saved_model: Path, tmp_path: Path) -> None:
+    data = lines(tmp_path / "data.jsonl", [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(8)])
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {saved_model}\ndataset: {data}\nrewards: exact_match\noutput_dir: {tmp_path / 'run'}\nlora_r: 2\n"
+        "per_device_train_batch_size: 2\nnum_generations: 2\nmax_completion_length: 6\nreport_to: none\n"
+        "use_cpu: true\nbf16: false\ndisable_tqdm: true\nmax_steps: 4\n"
+    )
+    result = RUNNER.invoke(cli.app, ["train", str(config), "--max_steps", "2"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
+    other = RUNNER.invoke(cli.app, ["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")])
+    assert (tmp_path / "r.html").is_file()
+    assert other.exit_code == 0
+
+
+def test_errors_are_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpo-fast", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"gpo-fast: {tmp_path} is not a run")
+
+
+def test_solutions_are_right_and_problems_do_not_leak() -> None:
+    rows = chain_sums(100, seed=3)
+    texts = [solution(r["metadata"]["expression"]) for r in rows]
+    columns = {"answer": [r["answer"] for r in rows], "metadata": [r["metadata"] for r in rows]}
+    assert reasoning_gym(texts, **columns) == [1.0] * 100
+    wrong = [t[:-1] + str((int(t[-1]) + 1) % 10) for t in texts]
+    assert max(reasoning_gym(wrong, **columns)) < 1
+    assert not {r["prompt"] for r in training(500)} & {r["prompt"] for r in held_out(512)}

@@ -126,12 +126,8 @@ def test_advantages_per_step_and_per_token_agree(loss_type: str) -> None:
     steps = torch.randn(7, dtype=torch.float64)
     step_ids = torch.randint(0, 7, (BATCH, LENGTH))
     common = {"loss_type": loss_type, "old_logprobs": case.old, "awr_beta": 0.7, **options(loss_type)}
-    by_step = linear_policy_loss(
-        case.hidden, case.weight, case.targets, advantages=steps, step_ids=step_ids, **common
-    )
-    by_token = linear_policy_loss(
-        case.hidden, case.weight, case.targets, advantages=steps[step_ids], **common
-    )
+    by_step = linear_policy_loss(case.hidden, case.weight, case.targets, advantages=steps, step_ids=step_ids, **common)
+    by_token = linear_policy_loss(case.hidden, case.weight, case.targets, advantages=steps[step_ids], **common)
     assert by_step.loss == by_token.loss
     logprobs, _ = case.logprobs(case.hidden, case.weight)
     exact = dense_loss(case, loss_type, logprobs, advantages=steps[step_ids], beta=0.0, high=0.2)
@@ -247,9 +243,7 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token() -> None:
     hidden = case.hidden.clone().requires_grad_()
     unbounded = linear_policy_loss(hidden, case.weight, case.targets, **common)
     bounded = linear_policy_loss(hidden, case.weight, case.targets, dual_clip=3.0, **common)
-    assert (
-        relative_error(unbounded.loss, torch.tensor(2.0).double() * torch.tensor(3.0).double().exp()) < 1e-12
-    )
+    assert relative_error(unbounded.loss, torch.tensor(2.0).double() * torch.tensor(3.0).double().exp()) < 1e-12
     assert relative_error(bounded.loss, torch.tensor(6.0).double()) < 1e-12
     bounded.loss.backward()
     assert hidden.grad.abs().max() == 0
@@ -272,9 +266,7 @@ def test_truncated_importance_sampling_weighs_the_policy_term_only() -> None:
     importance = (case.old - rollout).exp().clamp(max=1.5)
     logprobs, _ = case.logprobs(case.hidden, case.weight)
     ratio = (logprobs - case.old).exp()
-    gain = torch.min(
-        ratio * case.advantages.unsqueeze(1), ratio.clamp(0.8, 1.2) * case.advantages.unsqueeze(1)
-    )
+    gain = torch.min(ratio * case.advantages.unsqueeze(1), ratio.clamp(0.8, 1.2) * case.advantages.unsqueeze(1))
     difference = case.ref - logprobs
     terms = -importance * gain + 0.1 * (difference.exp() - difference - 1)
     assert relative_error(corrected.loss, terms[case.mask].mean()) < 1e-12

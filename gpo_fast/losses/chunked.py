@@ -201,9 +201,7 @@ def backward(
     grad_weight = hidden.new_zeros(head.weight.shape, dtype=wide) if want_weight else None
     grad_bias = hidden.new_zeros(head.weight.shape[0], dtype=wide) if want_bias else None
     grad_extra = hidden.new_zeros(extra.shape, dtype=wide) if want_extra and extra is not None else None
-    grad_lora_b = (
-        hidden.new_zeros(head.lora_b.shape, dtype=wide) if want_lora_b and head.lora_b is not None else None
-    )
+    grad_lora_b = hidden.new_zeros(head.lora_b.shape, dtype=wide) if want_lora_b and head.lora_b is not None else None
     for rows, entries in row_chunks(hidden.shape[0], target_rows):
         x, u = hidden[rows], None if extra is None else extra[rows]
         for vocab in vocab_chunks(head, x.shape[0]):
@@ -266,9 +264,7 @@ def vocab_chunks(head: Head, count: int) -> Iterator[slice]:
         yield slice(start, min(start + size, vocab))
 
 
-def entries_within(
-    vocab: slice, targets: Tensor, target_rows: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def entries_within(vocab: slice, targets: Tensor, target_rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Which entries (a mask over K) have their target in this chunk, and their (row, column) in it."""
     here = (targets >= vocab.start) & (targets < vocab.stop)
     return here, (target_rows[here], targets[here] - vocab.start)

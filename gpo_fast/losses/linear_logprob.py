@@ -173,8 +173,7 @@ def _check(
         )
     if weight.dtype != hidden.dtype:
         raise ValueError(
-            "hidden and weight must have one dtype (or run under autocast), got "
-            f"{hidden.dtype} and {weight.dtype}"
+            f"hidden and weight must have one dtype (or run under autocast), got {hidden.dtype} and {weight.dtype}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have the shape ({weight.shape[0]},), got {tuple(bias.shape)}")
@@ -199,9 +198,7 @@ def _check(
         return
     wrong = ((targets < 0) & (targets != IGNORED)) | (targets >= weight.shape[0])
     if bool(wrong.any()):
-        raise ValueError(
-            f"targets must be in [0, {weight.shape[0]}) or {IGNORED}, got {int(targets[wrong][0])}"
-        )
+        raise ValueError(f"targets must be in [0, {weight.shape[0]}) or {IGNORED}, got {int(targets[wrong][0])}")
     if row_offsets is not None:
         _check_offsets(targets, row_offsets)
 

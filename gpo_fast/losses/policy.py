@@ -155,9 +155,7 @@ def linear_policy_loss(
         ("step_ids", step_ids),
     ):
         if value is not None and value.shape != targets.shape:
-            raise ValueError(
-                f"{name} must have the shape {tuple(targets.shape)} of targets, got {tuple(value.shape)}"
-            )
+            raise ValueError(f"{name} must have the shape {tuple(targets.shape)} of targets, got {tuple(value.shape)}")
     sequences = _sequences(targets, sequence_ids)
     advantage = _token_advantages(advantages, targets, sequences, step_ids, loss_type)
 
@@ -204,9 +202,7 @@ def linear_policy_loss(
         awr_beta,
         awr_max_exponent,
     )
-    metrics = _ratio_metrics(
-        log_ratio.detach(), present, epsilon, epsilon if epsilon_high is None else epsilon_high
-    )
+    metrics = _ratio_metrics(log_ratio.detach(), present, epsilon, epsilon if epsilon_high is None else epsilon_high)
     if rollout_logprobs is not None:
         mismatch = torch.where(present, old.detach() - flat(rollout_logprobs), 0.0)
         importance = mismatch.clamp(max=MAX_LOG_RATIO).exp().clamp(max=importance_cap)
@@ -311,9 +307,7 @@ def _sequences(targets: Tensor, sequence_ids: Tensor | None) -> Sequences:
         ids = torch.arange(count, device=targets.device).repeat_interleave(length)
         return Sequences(ids, torch.arange(count + 1, device=targets.device) * length)
     if sequence_ids is None:
-        return Sequences(
-            torch.zeros_like(targets), torch.tensor([0, targets.shape[0]], device=targets.device)
-        )
+        return Sequences(torch.zeros_like(targets), torch.tensor([0, targets.shape[0]], device=targets.device))
     if sequence_ids.shape != targets.shape or sequence_ids.dtype != torch.int64:
         raise ValueError(
             f"sequence_ids must be int64 of the shape {tuple(targets.shape)} of targets, got "

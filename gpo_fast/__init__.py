@@ -23,6 +23,7 @@ _HOME = {
     "CriticalStep": "gpo_fast.critical",
     "linear_logprob": "gpo_fast.losses",
     "linear_policy_loss": "gpo_fast.losses",
+    "linear_preference_loss": "gpo_fast.losses",
     "GPOConfig": "gpo_fast.config",
     "GPOTrainer": "gpo_fast.trainer",
 }

@@ -1,6 +1,8 @@
 """Fused losses: hidden states in, loss and gradients out, logits never materialised for the whole batch."""
 
 from gpo_fast.losses.linear_logprob import linear_logprob
-from gpo_fast.losses.policy import LossOutput, linear_policy_loss
+from gpo_fast.losses.policy import linear_policy_loss
+from gpo_fast.losses.preference import linear_preference_loss
+from gpo_fast.losses.sequences import LossOutput
 
-__all__ = ["LossOutput", "linear_logprob", "linear_policy_loss"]
+__all__ = ["LossOutput", "linear_logprob", "linear_policy_loss", "linear_preference_loss"]

@@ -191,12 +191,11 @@ class LinearLogprob(torch.autograd.Function):
         ctx.entropy_needs_grad = entropy_needs_grad
         ctx.options = (temperature, softcap)
         ctx.set_materialize_grads(False)
+        shared = (targets, target_rows, lse, entropy)
         if frozen:
-            ctx.save_for_backward(
-                weight, targets, target_rows, target_logits, slopes, lse, entropy, expected, entropy_row
-            )
+            ctx.save_for_backward(*shared, weight, target_logits, slopes, expected, entropy_row)
         else:
-            ctx.save_for_backward(hidden, weight, bias, extra, lora_b, targets, target_rows, lse, entropy)
+            ctx.save_for_backward(*shared, hidden, weight, bias, extra, lora_b)
         if not entropy_needs_grad:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -210,13 +209,13 @@ class LinearLogprob(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 5 + nothing
         temperature, softcap = ctx.options
-        targets, target_rows = (ctx.saved_tensors[1:3]) if ctx.frozen else (ctx.saved_tensors[5:7])
+        saved = ctx.saved_tensors  # once: gradient checkpointing recomputes the forward pass to give them
+        targets, target_rows, lse, entropy = saved[:4]
         if grad_logprobs is None:
-            lse = ctx.saved_tensors[5] if ctx.frozen else ctx.saved_tensors[7]
             grad_logprobs = lse.new_zeros(targets.shape)
         grad_logprobs = torch.where(targets == IGNORED, 0.0, grad_logprobs)
         if ctx.frozen:
-            weight, _, _, target_logits, slopes, lse, entropy, expected, entropy_row = ctx.saved_tensors
+            weight, target_logits, slopes, expected, entropy_row = saved[4:]
             rows = chunked.Rows(
                 target_logits,
                 slopes,
@@ -228,7 +227,7 @@ class LinearLogprob(torch.autograd.Function):
             head = Head(weight, temperature=temperature, softcap=softcap)
             grad_hidden = chunked.backward_frozen(head, rows, targets, target_rows, grad_logprobs, grad_entropy)
             return (grad_hidden.to(expected.dtype), None, None, None, None, *nothing)
-        hidden, weight, bias, extra, lora_b, _, _, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, extra, lora_b = saved[4:]
         wanted = list(ctx.needs_input_grad[:5])
         gradients = linear_logprob_backward(
             hidden,

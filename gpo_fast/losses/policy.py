@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gpo_fast.losses.head import IGNORED
 from gpo_fast.losses.linear_logprob import logprobs_and_entropy
+from gpo_fast.losses.sequences import LossOutput, Sequences, count_or, masked_mean, sequences_of
 
 PolicyLoss = Literal["awr", "ppo", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -32,32 +33,6 @@ KLEstimator = Literal["k1", "k2", "k3"]
 # exp(20) is 5e8: a ratio beyond it carries no information, only overflow. The gradient is zero where it is
 # clamped.
 MAX_LOG_RATIO = 20.0
-
-
-@dataclass
-class LossOutput:
-    """A loss and what was seen on the way. Everything but `loss` is detached."""
-
-    loss: Tensor  # scalar
-    logprobs: Tensor  # the shape of targets, float32, 0 where ignored
-    entropy: Tensor | None  # the shape of targets, nats, 0 where ignored
-    metrics: dict[str, Tensor]  # scalars
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Which sequence each of T rows belongs to. Sums over sequences are deterministic on every device."""
-
-    ids: Tensor  # (T,) ascending
-    offsets: Tensor  # (S + 1,)
-
-    @property
-    def count(self) -> int:
-        return self.offsets.shape[0] - 1
-
-    def sum(self, values: Tensor) -> Tensor:
-        """(T,) -> (S,)."""
-        return torch.segment_reduce(values, "sum", offsets=self.offsets, initial=0.0)
 
 
 @dataclass(frozen=True)
@@ -156,7 +131,7 @@ def linear_policy_loss(
     ):
         if value is not None and value.shape != targets.shape:
             raise ValueError(f"{name} must have the shape {tuple(targets.shape)} of targets, got {tuple(value.shape)}")
-    sequences = _sequences(targets, sequence_ids)
+    sequences = sequences_of(targets, sequence_ids)
     advantage = _token_advantages(advantages, targets, sequences, step_ids, loss_type)
 
     needed = targets
@@ -185,8 +160,8 @@ def linear_policy_loss(
     present = (needed != IGNORED).reshape(-1)
     old = new.detach() if old_logprobs is None else torch.where(present, flat(old_logprobs), 0.0)
     normalisers = Normalisers(
-        _count(num_sequences, torch.tensor(sequences.count), new, "num_sequences"),
-        _count(num_tokens, mask.sum(), new, "num_tokens"),
+        count_or(num_sequences, torch.tensor(sequences.count), new, "num_sequences"),
+        count_or(num_tokens, mask.sum(), new, "num_tokens"),
     )
     token_share = _token_share(loss_type, sequences, mask, normalisers, max_completion_length)
     terms, log_ratio = _policy_terms(
@@ -207,10 +182,10 @@ def linear_policy_loss(
         mismatch = torch.where(present, old.detach() - flat(rollout_logprobs), 0.0)
         importance = mismatch.clamp(max=MAX_LOG_RATIO).exp().clamp(max=importance_cap)
         terms = terms * importance
-        metrics["importance_weight_mean"] = _masked_mean(importance, present)
+        metrics["importance_weight_mean"] = masked_mean(importance, present)
     if ref_logprobs is not None:
         divergence = kl_estimate(kl, new, torch.where(present, flat(ref_logprobs), 0.0))
-        metrics["kl"] = _masked_mean(divergence.detach(), present)
+        metrics["kl"] = masked_mean(divergence.detach(), present)
         if beta != 0.0:
             terms = terms + beta * divergence
     token_weight = token_share if weights is None else token_share * flat(weights)
@@ -218,7 +193,7 @@ def linear_policy_loss(
 
     with_entropy = return_entropy or entropy_coef != 0.0
     if with_entropy:
-        metrics["entropy"] = _masked_mean(entropy.detach().reshape(-1), present)
+        metrics["entropy"] = masked_mean(entropy.detach().reshape(-1), present)
     if entropy_coef != 0.0:
         weighted = entropy.reshape(-1) if weights is None else entropy.reshape(-1) * flat(weights)
         loss = loss - entropy_coef * weighted.sum() / normalisers.tokens
@@ -299,29 +274,6 @@ def _token_share(
     return 1.0 / (lengths[sequences.ids] * normalisers.sequences)
 
 
-def _sequences(targets: Tensor, sequence_ids: Tensor | None) -> Sequences:
-    if targets.dim() == 2:
-        if sequence_ids is not None:
-            raise ValueError("sequence_ids belong to flat rows: with targets (B, T) each row is a sequence")
-        count, length = targets.shape
-        ids = torch.arange(count, device=targets.device).repeat_interleave(length)
-        return Sequences(ids, torch.arange(count + 1, device=targets.device) * length)
-    if sequence_ids is None:
-        return Sequences(torch.zeros_like(targets), torch.tensor([0, targets.shape[0]], device=targets.device))
-    if sequence_ids.shape != targets.shape or sequence_ids.dtype != torch.int64:
-        raise ValueError(
-            f"sequence_ids must be int64 of the shape {tuple(targets.shape)} of targets, got "
-            f"{sequence_ids.dtype} {tuple(sequence_ids.shape)}"
-        )
-    if targets.shape[0] == 0:
-        return Sequences(sequence_ids, torch.zeros(1, dtype=torch.int64, device=targets.device))
-    if int(sequence_ids[0]) < 0 or bool((sequence_ids.diff() < 0).any()):
-        raise ValueError("sequence_ids must be ascending and not negative: sort the rows by sequence")
-    count = int(sequence_ids[-1]) + 1
-    edges = torch.arange(count + 1, device=targets.device)
-    return Sequences(sequence_ids, torch.searchsorted(sequence_ids.contiguous(), edges))
-
-
 def _token_advantages(
     advantages: Tensor, targets: Tensor, sequences: Sequences, step_ids: Tensor | None, loss_type: PolicyLoss
 ) -> Tensor:
@@ -358,27 +310,13 @@ def _forbid_rloo(loss_type: PolicyLoss, unit: str) -> None:
         raise ValueError(f"rloo has one ratio per sequence and takes advantages per sequence, not per {unit}")
 
 
-def _count(given: float | Tensor | None, counted: Tensor, like: Tensor, name: str) -> Tensor:
-    """A normaliser as a scalar tensor; a batch without tokens has the loss 0, not NaN."""
-    if given is None:
-        return counted.to(device=like.device, dtype=like.dtype).clamp(min=1.0)
-    value = torch.as_tensor(given, device=like.device, dtype=like.dtype)
-    if value.dim() != 0 or not bool(value > 0):
-        raise ValueError(f"{name} must be one positive number, got {given}")
-    return value
-
-
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
-
-
 def _ratio_metrics(log_ratio: Tensor, mask: Tensor, epsilon: float, epsilon_high: float) -> dict[str, Tensor]:
     ratio = log_ratio.exp()
     return {
-        "ratio_mean": _masked_mean(ratio, mask),
-        "clip_fraction_low": _masked_mean((ratio < 1 - epsilon).to(ratio.dtype), mask),
-        "clip_fraction_high": _masked_mean((ratio > 1 + epsilon_high).to(ratio.dtype), mask),
-        "approx_kl": _masked_mean(ratio - 1 - log_ratio, mask),
+        "ratio_mean": masked_mean(ratio, mask),
+        "clip_fraction_low": masked_mean((ratio < 1 - epsilon).to(ratio.dtype), mask),
+        "clip_fraction_high": masked_mean((ratio > 1 + epsilon_high).to(ratio.dtype), mask),
+        "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
     }
 
 

@@ -1,0 +1,411 @@
+#include "cpu/linear_logprob.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns about its own `_mm512_undefined_ps` wherever it inlines the intrinsics that use it.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "cpu/linear_logprob_gemm.h"
+
+namespace gpo_fast::cpu {
+
+#if defined(__x86_64__)
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr std::size_t kForwardVocab = 256;   // columns of a chunk: its packed weight stays in the second cache
+constexpr std::size_t kBackwardVocab = 128;  // smaller, because the weight's gradient lies there too
+constexpr std::size_t kRows = 96;            // rows whose logits are alive at a time
+constexpr std::size_t kBackwardRows = 192;   // also the depth of the weight gradient's product
+
+// 64-byte aligned storage; not initialised unless `zero`.
+template <typename T>
+class Buffer {
+  public:
+    explicit Buffer(std::size_t count, bool zero = false) {
+        if (count == 0) return;
+        data_.reset(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T), 64))));
+        if (!data_) throw std::bad_alloc();
+        if (zero) std::memset(data_.get(), 0, count * sizeof(T));
+    }
+    T* get() const { return data_.get(); }
+
+  private:
+    struct Free {
+        void operator()(T* pointer) const { std::free(pointer); }
+    };
+    std::unique_ptr<T, Free> data_;
+};
+
+// The rows as the left operand: in place where the width is even, else copied with a zero at the end of each
+// row.
+struct Left {
+    explicit Left(const LogprobInputs& in) : copy(0), data(in.hidden), stride(in.width) {
+        if (in.width % 2 == 0) return;
+        stride = in.width + 1;
+        copy = Buffer<bf16>(in.rows * stride, true);
+        for (std::int64_t row = 0; row < in.rows; ++row)
+            std::memcpy(copy.get() + row * stride, in.hidden + row * in.width, in.width * sizeof(bf16));
+        data = copy.get();
+    }
+    Buffer<bf16> copy;
+    const bf16* data;
+    std::size_t stride;
+};
+
+// first[row] .. first[row + 1] are the entries of a row.
+std::vector<std::int64_t> entry_offsets(const LogprobInputs& in) {
+    std::vector<std::int64_t> first(in.rows + 1, 0);
+    for (std::int64_t entry = 0; entry < in.entries; ++entry) ++first[in.target_rows[entry] + 1];
+    for (std::int64_t row = 0; row < in.rows; ++row) first[row + 1] += first[row];
+    return first;
+}
+
+// raw -> z in place for one row's chunk, padded with -inf; slope gets d z / d raw times the temperature.
+GPO_AVX512 void scale_logits(const LogprobInputs& in, std::size_t start, std::size_t count, std::size_t padded,
+                             float* z, float* slope) {
+    const __m512 inverse_temperature = _mm512_set1_ps(1.0f / in.temperature);
+    for (std::size_t j = 0; j < padded; j += 16) {
+        const std::size_t left = j >= count ? 0 : std::min<std::size_t>(count - j, 16);
+        const __mmask16 inside = static_cast<__mmask16>((1u << left) - 1);
+        __m512 value = _mm512_loadu_ps(z + j);
+        if (in.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(inside, in.bias + start + j));
+        if (in.softcap > 0) {
+            // tanh(a) = sign(a) (1 - e) / (1 + e) with e = exp(-2 |a|); its derivative is 4 e / (1 + e)^2.
+            const __m512 a = _mm512_div_ps(value, _mm512_set1_ps(in.softcap));
+            const __m512 one = _mm512_set1_ps(1.0f);
+            const __m512 depth =
+                _mm512_max_ps(_mm512_mul_ps(_mm512_abs_ps(a), _mm512_set1_ps(-2.0f)), _mm512_set1_ps(-200.0f));
+            const __m512 e = exp_ps(depth);
+            const __m512 below = _mm512_add_ps(one, e);
+            __m512 tanh = _mm512_div_ps(_mm512_sub_ps(one, e), below);
+            const __mmask16 negative = _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_LT_OQ);
+            tanh = _mm512_mask_sub_ps(tanh, negative, _mm512_setzero_ps(), tanh);
+            _mm512_storeu_ps(slope + j,
+                             _mm512_div_ps(_mm512_mul_ps(_mm512_set1_ps(4.0f), e), _mm512_mul_ps(below, below)));
+            value = _mm512_mul_ps(tanh, _mm512_set1_ps(in.softcap));
+        }
+        value = _mm512_mul_ps(value, inverse_temperature);
+        _mm512_storeu_ps(z + j, _mm512_mask_blend_ps(inside, _mm512_set1_ps(-kInfinity), value));
+    }
+}
+
+GPO_AVX512 float row_max(const float* z, std::size_t padded) {
+    __m512 top = _mm512_set1_ps(-kInfinity);
+    for (std::size_t j = 0; j < padded; j += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(z + j));
+    return _mm512_reduce_max_ps(top);
+}
+
+struct Sums {
+    float mass;
+    float moment;
+};
+
+// p = exp(z - origin) * slope in bfloat16, and the same times (z - origin) if `weighted`; the sums are
+// without slope.
+GPO_AVX512 Sums exponentiate(const float* z, std::size_t padded, float origin, const float* slope, bf16* p,
+                             bf16* weighted) {
+    __m512 mass = _mm512_setzero_ps(), moment = _mm512_setzero_ps();
+    for (std::size_t j = 0; j < padded; j += 16) {
+        // Below -200 the exponential is 0 in float32 anyway, and 0 times a finite number is 0.
+        const __m512 centred =
+            _mm512_max_ps(_mm512_sub_ps(_mm512_loadu_ps(z + j), _mm512_set1_ps(origin)), _mm512_set1_ps(-200.0f));
+        __m512 e = exp_ps(centred);
+        mass = _mm512_add_ps(mass, e);
+        moment = _mm512_fmadd_ps(e, centred, moment);
+        if (slope) e = _mm512_mul_ps(e, _mm512_loadu_ps(slope + j));
+        if (p) store_bf16(p + j, e);
+        if (weighted) store_bf16(weighted + j, _mm512_mul_ps(e, centred));
+    }
+    return {_mm512_reduce_add_ps(mass), _mm512_reduce_add_ps(moment)};
+}
+
+// accumulator = (accumulator - rise * other) * shrink; `other` may be null.
+GPO_AVX512 void rescale(float* accumulator, const float* other, float rise, float shrink, std::size_t count) {
+    const __m512 factor = _mm512_set1_ps(shrink), amount = _mm512_set1_ps(rise);
+    for (std::size_t j = 0; j < count; j += 16) {
+        __m512 value = _mm512_loadu_ps(accumulator + j);
+        if (other) value = _mm512_fnmadd_ps(amount, _mm512_loadu_ps(other + j), value);
+        _mm512_storeu_ps(accumulator + j, _mm512_mul_ps(value, factor));
+    }
+}
+
+GPO_AVX512 void write_row(const float* values, std::size_t count, bf16* out) {
+    for (std::size_t j = 0; j < count; j += 16) {
+        const std::size_t left = std::min<std::size_t>(count - j, 16);
+        store_bf16(out + j, _mm512_loadu_ps(values + j), static_cast<__mmask16>((1u << left) - 1));
+    }
+}
+
+// Rows [begin, end) over the whole vocabulary.
+GPO_AVX512 void forward_rows(const LogprobInputs& in, const ForwardOutputs& out, const Left& left,
+                             const std::vector<std::int64_t>& first, std::size_t begin, std::size_t end) {
+    const std::size_t count = end - begin, width = in.width, padded_width = round_up(width, kPanel);
+    const std::size_t pairs = (width + 1) / 2;
+    const bool keep = out.expected != nullptr, keep_entropy = out.entropy_row != nullptr;
+    Buffer<pair> by_logit(kForwardVocab * pairs);
+    Buffer<pair> by_width(keep ? padded_width * kForwardVocab / 2 : 0);
+    Buffer<float> z(kRows * kForwardVocab), slopes(kForwardVocab);
+    Buffer<bf16> p(kRows * kForwardVocab), weighted(keep_entropy ? kRows * kForwardVocab : 0);
+    Buffer<float> expected(keep ? count * padded_width : 0, true);
+    Buffer<float> entropy_row(keep_entropy ? count * padded_width : 0, true);
+    std::vector<float> top(count, -kInfinity);
+    std::vector<double> mass(count, 0.0), moment(count, 0.0);
+    const float* slope = in.softcap > 0 ? slopes.get() : nullptr;
+
+    for (std::size_t start = 0; start < static_cast<std::size_t>(in.vocab); start += kForwardVocab) {
+        const std::size_t columns = std::min<std::size_t>(kForwardVocab, in.vocab - start);
+        const std::size_t padded = round_up(columns, kPanel);
+        const bf16* weight = in.weight + start * width;
+        pack_transposed(weight, width, columns, width, by_logit.get());
+        const std::size_t depth = (columns + 1) / 2;
+        if (keep) pack_rows(weight, width, columns, width, by_width.get());
+
+        for (std::size_t block = 0; block < count; block += kRows) {
+            const std::size_t rows = std::min(kRows, count - block);
+            multiply(left.data + (begin + block) * left.stride, left.stride, rows, by_logit.get(), pairs, padded,
+                     z.get(), kForwardVocab, false);
+            for (std::size_t r = 0; r < rows; ++r) {
+                const std::size_t row = block + r;
+                float* logits = z.get() + r * kForwardVocab;
+                bf16* probabilities = keep ? p.get() + r * kForwardVocab : nullptr;
+                bf16* products = keep_entropy ? weighted.get() + r * kForwardVocab : nullptr;
+                scale_logits(in, start, columns, padded, logits, slopes.get());
+                const std::int64_t last = first[begin + row + 1];
+                for (std::int64_t entry = first[begin + row]; entry < last; ++entry) {
+                    const std::int64_t column = in.targets[entry] - static_cast<std::int64_t>(start);
+                    if (column < 0 || column >= static_cast<std::int64_t>(columns)) continue;
+                    out.target_logits[entry] = logits[column];
+                    out.target_slopes[entry] = (slope ? slope[column] : 1.0f) / in.temperature;
+                }
+                const float new_top = std::max(top[row], row_max(logits, padded));
+                const float origin = new_top == -kInfinity ? 0.0f : new_top;
+                if (new_top > top[row] && top[row] != -kInfinity) {
+                    const float rise = new_top - top[row], shrink = std::exp(-rise);
+                    moment[row] = (moment[row] - rise * mass[row]) * shrink;
+                    mass[row] *= shrink;
+                    float* sums = expected.get() + row * padded_width;
+                    if (keep_entropy) rescale(entropy_row.get() + row * padded_width, sums, rise, shrink, padded_width);
+                    if (keep) rescale(sums, nullptr, 0.0f, shrink, padded_width);
+                }
+                top[row] = new_top;
+                const Sums sums = exponentiate(logits, padded, origin, slope, probabilities, products);
+                mass[row] += sums.mass;
+                moment[row] += sums.moment;
+                if (!keep) continue;
+                for (std::int64_t entry = first[begin + row]; entry < last; ++entry) {
+                    const std::int64_t column = in.targets[entry] - static_cast<std::int64_t>(start);
+                    if (column < 0 || column >= static_cast<std::int64_t>(columns)) continue;
+                    probabilities[column] = 0;
+                    if (products) products[column] = 0;
+                }
+            }
+            if (keep)
+                multiply(p.get(), kForwardVocab, rows, by_width.get(), depth, padded_width,
+                         expected.get() + block * padded_width, padded_width, true);
+            if (keep_entropy)
+                multiply(weighted.get(), kForwardVocab, rows, by_width.get(), depth, padded_width,
+                         entropy_row.get() + block * padded_width, padded_width, true);
+        }
+    }
+    for (std::size_t row = 0; row < count; ++row) {
+        const double log_mass = std::log(mass[row]), mean = moment[row] / mass[row];
+        out.lse[begin + row] = static_cast<float>(top[row] + log_mass);
+        out.entropy[begin + row] = static_cast<float>(log_mass - mean);
+        if (!keep) continue;
+        const float scale = static_cast<float>(1.0 / (mass[row] * in.temperature));
+        float* sums = expected.get() + row * padded_width;
+        if (keep_entropy) {
+            float* values = entropy_row.get() + row * padded_width;
+            rescale(values, sums, static_cast<float>(mean), scale, padded_width);
+            write_row(values, width, out.entropy_row + (begin + row) * width);
+        }
+        rescale(sums, nullptr, 0.0f, scale, padded_width);
+        write_row(sums, width, out.expected + (begin + row) * width);
+    }
+}
+
+// One row of d loss / d raw logit in bfloat16, written over a chunk; the bias gets the unrounded sum.
+GPO_AVX512 void logit_gradient(const LogprobInputs& in, const BackwardInputs& gradients, std::size_t row,
+                               const float* z, const float* slope, std::size_t padded, bf16* out, float* exact) {
+    const __m512 lse = _mm512_set1_ps(gradients.lse[row]);
+    const __m512 row_grad = _mm512_set1_ps(-gradients.row_grad[row]);
+    const float entropy_grad = gradients.grad_entropy ? gradients.grad_entropy[row] : 0.0f;
+    const __m512 entropy = _mm512_set1_ps(gradients.entropy[row]);
+    const __m512 inverse_temperature = _mm512_set1_ps(1.0f / in.temperature);
+    for (std::size_t j = 0; j < padded; j += 16) {
+        const __m512 logprob = _mm512_max_ps(_mm512_sub_ps(_mm512_loadu_ps(z + j), lse), _mm512_set1_ps(-200.0f));
+        const __m512 factor = _mm512_fnmadd_ps(_mm512_set1_ps(entropy_grad), _mm512_add_ps(logprob, entropy), row_grad);
+        __m512 value = _mm512_mul_ps(_mm512_mul_ps(exp_ps(logprob), factor), inverse_temperature);
+        if (slope) value = _mm512_mul_ps(value, _mm512_loadu_ps(slope + j));
+        _mm512_storeu_ps(exact + j, value);
+        store_bf16(out + j, value);
+    }
+}
+
+bf16 to_bf16(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<bf16>((bits >> 16) | 0x40u);
+    return static_cast<bf16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// weight_gradient (columns, width) in bfloat16 from its transpose in float32 (width, kBackwardVocab).
+GPO_AVX512 void write_transposed(const float* transposed, std::size_t columns, std::size_t width, bf16* out) {
+    for (std::size_t h = 0; h < width; h += 16) {
+        const std::size_t left = std::min<std::size_t>(width - h, 16);
+        const __mmask16 inside = static_cast<__mmask16>((1u << left) - 1);
+        for (std::size_t v = 0; v < columns; v += 16) {
+            __m512i block[16];
+#pragma GCC unroll 16
+            for (std::size_t r = 0; r < 16; ++r)
+                block[r] =
+                    r < left ? _mm512_loadu_si512(transposed + (h + r) * kBackwardVocab + v) : _mm512_setzero_si512();
+            transpose_16x16(block);
+#pragma GCC unroll 16
+            for (std::size_t r = 0; r < 16; ++r)
+                if (v + r < columns) store_bf16(out + (v + r) * width + h, _mm512_castsi512_ps(block[r]), inside);
+        }
+    }
+}
+
+// Vocabulary [begin, end) for all rows. `hidden_gradient` (rows, padded width) is this thread's share.
+GPO_AVX512 void backward_vocab(const LogprobInputs& in, const BackwardInputs& gradients, const BackwardOutputs& out,
+                               const Left& left, const bf16* hidden_transposed, std::size_t transposed_stride,
+                               const std::vector<std::int64_t>& first, std::size_t begin, std::size_t end,
+                               float* hidden_gradient) {
+    const std::size_t rows = in.rows, width = in.width, padded_width = round_up(width, kPanel);
+    const std::size_t pairs = (width + 1) / 2;
+    Buffer<pair> by_logit(kBackwardVocab * pairs);
+    Buffer<pair> by_width(out.hidden ? padded_width * kBackwardVocab / 2 : 0);
+    Buffer<pair> by_column(out.weight ? kBackwardVocab * kBackwardRows / 2 : 0);
+    Buffer<float> z(kBackwardRows * kBackwardVocab), slopes(kBackwardVocab), exact(kBackwardVocab);
+    Buffer<bf16> gradient(kBackwardRows * kBackwardVocab);
+    Buffer<float> weight_gradient(out.weight ? width * kBackwardVocab : 0);
+    const float* slope = in.softcap > 0 ? slopes.get() : nullptr;
+
+    for (std::size_t start = begin; start < end; start += kBackwardVocab) {
+        const std::size_t columns = std::min(kBackwardVocab, end - start);
+        const std::size_t padded = round_up(columns, kPanel);
+        const bf16* weight = in.weight + start * width;
+        pack_transposed(weight, width, columns, width, by_logit.get());
+        if (out.hidden) pack_rows(weight, width, columns, width, by_width.get());
+        if (out.bias) std::fill(out.bias + start, out.bias + start + columns, 0.0f);
+
+        for (std::size_t block = 0; block < rows; block += kBackwardRows) {
+            const std::size_t height = std::min(kBackwardRows, rows - block);
+            multiply(left.data + block * left.stride, left.stride, height, by_logit.get(), pairs, padded, z.get(),
+                     kBackwardVocab, false);
+            for (std::size_t r = 0; r < height; ++r) {
+                const std::size_t row = block + r;
+                float* logits = z.get() + r * kBackwardVocab;
+                bf16* target = gradient.get() + r * kBackwardVocab;
+                scale_logits(in, start, columns, padded, logits, slopes.get());
+                logit_gradient(in, gradients, row, logits, slope, padded, target, exact.get());
+                for (std::int64_t entry = first[row]; entry < first[row + 1]; ++entry) {
+                    const std::int64_t column = in.targets[entry] - static_cast<std::int64_t>(start);
+                    if (column < 0 || column >= static_cast<std::int64_t>(columns)) continue;
+                    const float factor = (slope ? slope[column] : 1.0f) / in.temperature;
+                    exact.get()[column] += gradients.grad_logprobs[entry] * factor;
+                    target[column] = to_bf16(exact.get()[column]);
+                }
+                if (out.bias)
+                    for (std::size_t j = 0; j < columns; ++j) out.bias[start + j] += exact.get()[j];
+            }
+            if (out.hidden)
+                multiply(gradient.get(), kBackwardVocab, height, by_width.get(), (columns + 1) / 2, padded_width,
+                         hidden_gradient + block * padded_width, padded_width, true);
+            if (out.weight) {
+                pack_rows(gradient.get(), kBackwardVocab, height, padded, by_column.get());
+                multiply(hidden_transposed + block, transposed_stride, width, by_column.get(), (height + 1) / 2, padded,
+                         weight_gradient.get(), kBackwardVocab, block > 0);
+            }
+        }
+        if (out.weight) write_transposed(weight_gradient.get(), columns, width, out.weight + start * width);
+    }
+}
+
+// Runs job(index, begin, end) on `threads` threads over [0, count) in near-equal parts of a multiple of
+// `unit`.
+template <typename Job>
+void parallel(std::size_t count, std::size_t unit, int threads, const Job& job) {
+    const std::size_t units = (count + unit - 1) / unit;
+    const std::size_t workers = std::max<std::size_t>(1, std::min<std::size_t>(threads, units));
+    std::vector<std::thread> others;
+    for (std::size_t index = 1; index < workers; ++index)
+        others.emplace_back([&, index] {
+            job(index, units * index / workers * unit, std::min(count, units * (index + 1) / workers * unit));
+        });
+    job(0, 0, std::min(count, units / workers * unit));
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace
+
+bool linear_logprob_supported() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bf16");
+}
+
+void linear_logprob_forward(const LogprobInputs& in, const ForwardOutputs& out, int threads) {
+    std::fill(out.target_logits, out.target_logits + in.entries, -kInfinity);
+    std::fill(out.target_slopes, out.target_slopes + in.entries, 0.0f);
+    const Left left(in);
+    const std::vector<std::int64_t> first = entry_offsets(in);
+    parallel(in.rows, kTileRows, threads,
+             [&](std::size_t, std::size_t begin, std::size_t end) { forward_rows(in, out, left, first, begin, end); });
+}
+
+void linear_logprob_backward(const LogprobInputs& in, const BackwardInputs& gradients, const BackwardOutputs& out,
+                             int threads) {
+    const Left left(in);
+    const std::vector<std::int64_t> first = entry_offsets(in);
+    const std::size_t rows = in.rows, width = in.width, padded_width = round_up(width, kPanel);
+    const std::size_t stride = rows + 1;  // an odd number of rows leaves a zero behind the last
+    Buffer<bf16> transposed(out.weight ? width * stride : 0, true);
+    if (out.weight)
+        for (std::size_t row = 0; row < rows; ++row)
+            for (std::size_t h = 0; h < width; ++h) transposed.get()[h * stride + row] = in.hidden[row * width + h];
+    std::vector<Buffer<float>> shares;
+    for (int index = 0; out.hidden && index < threads; ++index) shares.emplace_back(rows * padded_width, true);
+    parallel(in.vocab, kBackwardVocab, threads, [&](std::size_t index, std::size_t begin, std::size_t end) {
+        backward_vocab(in, gradients, out, left, transposed.get(), stride, first, begin, end,
+                       out.hidden ? shares[index].get() : nullptr);
+    });
+    if (!out.hidden) return;
+    for (std::size_t row = 0; row < rows; ++row) {
+        float* total = shares[0].get() + row * padded_width;
+        for (std::size_t index = 1; index < shares.size(); ++index)
+            for (std::size_t h = 0; h < width; ++h) total[h] += shares[index].get()[row * padded_width + h];
+        for (std::size_t h = 0; h < width; ++h) out.hidden[row * width + h] = to_bf16(total[h]);
+    }
+}
+
+#else
+
+bool linear_logprob_supported() { return false; }
+
+void linear_logprob_forward(const LogprobInputs&, const ForwardOutputs&, int) {
+    throw std::runtime_error("this CPU has no AVX-512 with BF16");
+}
+
+void linear_logprob_backward(const LogprobInputs&, const BackwardInputs&, const BackwardOutputs&, int) {
+    throw std::runtime_error("this CPU has no AVX-512 with BF16");
+}
+
+#endif
+
+}  // namespace gpo_fast::cpu

@@ -176,7 +176,7 @@ def _config(output: Path, seed: int, use_gpo: bool) -> GPOConfig:
         reuse_samples=True,
         max_searches=4,
         bf16=True,
-        learning_rate=6e-4,
+        learning_rate=4e-4,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=3,
         max_grad_norm=1.0,

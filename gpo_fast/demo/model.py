@@ -58,7 +58,6 @@ def convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(gguf.parent),
         "gguf_file": gguf.name,
         "local_files_only": True,
     }

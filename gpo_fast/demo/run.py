@@ -36,7 +36,7 @@ class Size(NamedTuple):
     problems: int  # held-out ones
 
 
-FULL, QUICK = Size(42, 330.0, 512), Size(36, 40.0, 256)
+FULL, QUICK = Size(42, 270.0, 512), Size(36, 40.0, 256)
 
 
 class TimeLimit(TrainerCallback):

@@ -58,6 +58,6 @@ def decode_completion(token_ids: Sequence[int], tokenizer: Any) -> str:
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def columns_of(examples: Sequence[Example], repeats: Sequence[int]) -> dict[str, list[Any]]:
-    """The examples' columns as lists, example i repeated `repeats[i]` times."""
-    return {key: [e[key] for e, n in zip(examples, repeats) for _ in range(n)] for key in examples[0]}
+def columns_of(examples: Sequence[Example], without: Sequence[str] = ("prompt",)) -> dict[str, list[Any]]:
+    """The examples' columns as lists, except those in `without`."""
+    return {key: [e[key] for e in examples] for key in examples[0] if key not in without}

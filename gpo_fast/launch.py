@@ -9,7 +9,7 @@ from typing import Any
 
 from gpo_fast.config import RunSpec, load_config
 from gpo_fast.critical import CriticalStepFinder
-from gpo_fast.data import check_dataset, decode_completion, encode_prompt
+from gpo_fast.data import check_dataset, columns_of, decode_completion, encode_prompt
 from gpo_fast.evaluation import Accuracy, accuracy_of
 from gpo_fast.report import write_report
 from gpo_fast.rewards import RewardFunctions
@@ -61,7 +61,7 @@ def find_critical(
     def outcome(completions: Any) -> list[float]:
         mine = [owner[id(c.prompt_token_ids)] for c in completions]
         texts = [decode_completion(c.token_ids, tokenizer) for c in completions]
-        columns = {k: [row[k] for row in mine] for k in rows[0] if k not in ("prompt", "completion")}
+        columns = columns_of(mine, without=("prompt", "completion"))
         return rewards([r["prompt"] for r in mine], texts, [c.token_ids for c in completions], columns).total.tolist()
 
     finder = CriticalStepFinder(
@@ -110,7 +110,7 @@ def evaluate_model(
     ]
     drawn = engine.generate(requests)
     texts = [decode_completion(c.token_ids, tokenizer) for c in drawn]
-    columns = {k: [row[k] for row in rows] for k in rows[0] if k != "prompt"}
+    columns = columns_of(rows)
     scored = rewards([r["prompt"] for r in rows], texts, [c.token_ids for c in drawn], columns)
     return accuracy_of(scored.total.tolist())
 

@@ -166,8 +166,7 @@ class GuidedSampler:
             [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
             for text, prompt in zip(texts, prompts)
         ]
-        columns = columns_of(rows, [1] * len(rows))
-        columns.pop("prompt")
+        columns = columns_of(rows)
         return self.rewards(prompts, shown, [c.token_ids for c in completions], columns).total
 
     def _advantages(self, rewards: np.ndarray) -> np.ndarray:

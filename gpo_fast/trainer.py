@@ -133,8 +133,6 @@ class GPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False
-        text_config = self._base_model().config.get_text_config()
-        self.max_length = int(getattr(text_config, "max_position_embeddings", 0) or 1 << 30)
         self.engine = RolloutEngine(
             self.model,
             processing_class,
@@ -143,7 +141,7 @@ class GPOTrainer(Trainer):
             seed=args.seed,
         )
         self.rewards = RewardFunctions(reward_funcs, weights=args.reward_weights)
-        self.sampler = GuidedSampler(self.engine, self.rewards, args, self.max_length, on_phase)
+        self.sampler = GuidedSampler(self.engine, self.rewards, args, self.engine.max_length, on_phase)
         self.on_phase = on_phase or (lambda phase: None)
         self.run_description = run_description or {}
         self._pending: list[list[TrainingRow]] = []  # minibatches of the last experience still to be trained on

@@ -375,9 +375,12 @@ def refuse_unsupported(config: Any) -> None:
         reason = "linear attention"
     elif layers:
         reason = f"layers of the kinds {', '.join(sorted(layers))}"
-    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True) and not layers:
-        has_types = getattr(config, "layer_types", None)
-        reason = "" if has_types else "sliding-window attention"
+    elif (
+        getattr(config, "sliding_window", None)
+        and getattr(config, "use_sliding_window", True)
+        and not getattr(config, "layer_types", None)
+    ):
+        reason = "sliding-window attention"
     elif getattr(config, "kv_lora_rank", None):
         reason = "multi-head latent attention (MLA)"
     elif not getattr(config, "num_attention_heads", None) or any(

@@ -116,19 +116,20 @@ py::array_t<int64_t> fork(PrefixCache& cache, const py::object& sources, const p
     const HandleArgument handles(sources, "source");
     const CountArgument places(positions, "pos");
     const CountArgument numbers(counts, "n");
-    std::vector<int64_t> forks;
-    {
-        const py::gil_scoped_release release;
-        forks = cache.fork(handles.array(), places.values(), numbers.values());
-    }
-    return to_numpy(forks);
+    py::array_t<int64_t> forks(PrefixCache::number_of_forks(handles.array(), numbers.values()));
+    int64_t* out = forks.mutable_data();
+    const py::gil_scoped_release release;
+    cache.fork(handles.array(), places.values(), numbers.values(), out);
+    return forks;
 }
 
 py::object mark(PrefixCache& cache, const py::object& sources, const py::object& positions) {
     const HandleArgument handles(sources, "seq");
     const CountArgument places(positions, "pos");
     if (handles.is_single() && places.is_single()) {
-        return py::int_(cache.mark(handles.array(), places.values())[0]);
+        int64_t single;
+        cache.mark(handles.array(), places.values(), &single);
+        return py::int_(single);
     }
     // Several marks of one sequence: the sequence for each position.
     std::vector<int64_t> repeated;
@@ -137,7 +138,9 @@ py::object mark(PrefixCache& cache, const py::object& sources, const py::object&
         repeated.assign(places.values().size, named[0]);
         named = {repeated.data(), repeated.size()};
     }
-    return to_numpy(cache.mark(named, places.values()));
+    py::array_t<int64_t> marks(static_cast<py::ssize_t>(named.size));
+    cache.mark(named, places.values(), marks.mutable_data());
+    return marks;
 }
 
 py::array_t<int32_t> block_tables(const PrefixCache& cache, const py::object& sequences) {

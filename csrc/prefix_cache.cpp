@@ -26,10 +26,6 @@ const char* name_of(HolderKind kind) {
 
 // -- handles ----------------------------------------------------------------------------------------------------
 
-int64_t PrefixCache::handle_of(int32_t holder) const {
-    return (int64_t{tree_.holders[holder].generation} << 32) | holder;
-}
-
 int32_t PrefixCache::find(int64_t handle) const {
     const int64_t index = handle & 0xffffffff;
     if (handle >= 0 && index < static_cast<int64_t>(tree_.holders.size())) {
@@ -64,23 +60,22 @@ int32_t PrefixCache::find_source(int64_t handle, int32_t position) const {
 
 void PrefixCache::name_once(int32_t holder) {
     if (tree_.holders[holder].call == call_) {
-        throw std::invalid_argument("handle " + std::to_string(handle_of(holder)) + " is named twice in one call");
+        throw std::invalid_argument("handle " + std::to_string(tree_.handle_of(holder)) +
+                                    " is named twice in one call");
     }
     tree_.holders[holder].call = call_;
 }
 
-void PrefixCache::require_sizes(Handles handles, Counts counts, const char* what) const {
+void PrefixCache::require_sizes(Handles handles, Counts counts, const char* what) {
     if (counts.one_for_all || counts.size == handles.size) return;
     throw std::invalid_argument("one " + std::string(what) + " is needed for each of " + std::to_string(handles.size) +
                                 " handles, got " + std::to_string(counts.size));
 }
 
-int64_t PrefixCache::hold_at(HolderKind kind, int32_t source, int32_t position) {
-    const int32_t run = tree_.run_at(tree_.holders[source].run, position);
-    const int32_t holder = tree_.new_holder(kind);
-    tree_.attach(holder, run, position);
-    ++counts_[static_cast<int>(kind)];
-    return handle_of(holder);
+void PrefixCache::hold_at(HolderKind kind, int64_t source, int32_t position, int32_t count, int64_t* handles) {
+    const int32_t run = tree_.run_at(tree_.holders[find(source)].run, position);
+    tree_.attach_new(kind, run, position, count, handles);
+    counts_[static_cast<int>(kind)] += count;
 }
 
 void PrefixCache::let_go(int32_t id) {
@@ -105,40 +100,33 @@ std::pair<int64_t, int32_t> PrefixCache::open(const int32_t* tokens, int64_t cou
     ++counts_[static_cast<int>(HolderKind::kSequence)];
     hit_tokens_ += place.position;
     opened_tokens_ += count;
-    return {handle_of(holder), place.position};
+    return {tree_.handle_of(holder), place.position};
 }
 
-std::vector<int64_t> PrefixCache::fork(Handles sources, Counts positions, Counts counts) {
-    require_sizes(sources, positions, "position");
-    require_sizes(sources, counts, "number of forks");
+void PrefixCache::fork(Handles sources, Counts positions, Counts counts, int64_t* forks) {
     const Lock lock(mutex_);
+    require_sizes(sources, positions, "position");
+    for (size_t i = 0; i < sources.size; ++i) find_source(sources[i], positions[i]);
+    for (size_t i = 0; i < sources.size; forks += counts[i++]) {
+        hold_at(HolderKind::kSequence, sources[i], positions[i], counts[i], forks);
+    }
+}
+
+void PrefixCache::mark(Handles sources, Counts positions, int64_t* marks) {
+    const Lock lock(mutex_);
+    require_sizes(sources, positions, "position");
+    for (size_t i = 0; i < sources.size; ++i) find_source(sources[i], positions[i]);
+    for (size_t i = 0; i < sources.size; ++i) hold_at(HolderKind::kMark, sources[i], positions[i], 1, marks + i);
+}
+
+int64_t PrefixCache::number_of_forks(Handles sources, Counts counts) {
+    require_sizes(sources, counts, "number of forks");
     int64_t total = 0;
     for (size_t i = 0; i < sources.size; ++i) {
-        find_source(sources[i], positions[i]);
         if (counts[i] < 0) throw std::invalid_argument("cannot make " + std::to_string(counts[i]) + " forks");
         total += counts[i];
     }
-    std::vector<int64_t> forks;
-    forks.reserve(total);
-    for (size_t i = 0; i < sources.size; ++i) {
-        const int32_t source = find(sources[i]);
-        for (int32_t k = 0; k < counts[i]; ++k) {
-            forks.push_back(hold_at(HolderKind::kSequence, source, positions[i]));
-        }
-    }
-    return forks;
-}
-
-std::vector<int64_t> PrefixCache::mark(Handles sources, Counts positions) {
-    require_sizes(sources, positions, "position");
-    const Lock lock(mutex_);
-    for (size_t i = 0; i < sources.size; ++i) find_source(sources[i], positions[i]);
-    std::vector<int64_t> marks;
-    marks.reserve(sources.size);
-    for (size_t i = 0; i < sources.size; ++i) {
-        marks.push_back(hold_at(HolderKind::kMark, find(sources[i]), positions[i]));
-    }
-    return marks;
+    return total;
 }
 
 void PrefixCache::release(Handles handles) {
@@ -176,7 +164,7 @@ void PrefixCache::refuse_pending_copies(int32_t holder) const {
     int32_t end = tree_.holders[holder].length;
     for (int32_t id = tree_.holders[holder].run; id != kNone; end = tree_.runs[id].start, id = tree_.runs[id].parent) {
         if (tree_.runs[id].copy_targets > 0 && tree_.runs[id].committed < end) {
-            throw std::invalid_argument("sequence " + std::to_string(handle_of(holder)) +
+            throw std::invalid_argument("sequence " + std::to_string(tree_.handle_of(holder)) +
                                         " waits for a copy: perform the copies and acknowledge them before commit");
         }
     }
@@ -198,7 +186,7 @@ int32_t PrefixCache::pages_needed(int32_t id, int32_t count) {
     if (count == 0) return 0;
     const int32_t length = tree_.holders[id].length;
     const int32_t pages = tree_.pages_for(length + count);
-    if (!tree_.may_extend(id)) return pages - length / tree_.block_size;
+    if (!tree_.may_extend(id)) return pages - tree_.page_index(length);
     Run& run = tree_.runs[tree_.holders[id].run];
     if (run.writer == kNone) {  // this sequence writes on here; the others know that they will need a copy
         run.writer = id;
@@ -280,7 +268,7 @@ void PrefixCache::append(Handles sequences, const int32_t* tokens, int64_t num_t
 // Goes on in a page of the sequence's own; the used slots of the old one are to be copied.
 void PrefixCache::branch(int32_t holder, const int32_t* tokens, int32_t count, int32_t* slots) {
     const Place from{tree_.holders[holder].run, tree_.holders[holder].length};
-    const int32_t used = from.position % tree_.block_size;
+    const int32_t used = tree_.page_offset(from.position);
     if (used == 0) return tree_.branch(holder, tokens, count, slots);
     int32_t page;
     const Place source = copy_source(from, page);
@@ -300,8 +288,8 @@ void PrefixCache::branch(int32_t holder, const int32_t* tokens, int32_t count, i
 // Where to copy a place's last page from: its own page, or that page's source if it is itself still to be copied.
 Place PrefixCache::copy_source(Place from, int32_t& page) const {
     const Run& run = tree_.runs[from.run];
-    const int32_t used = from.position % tree_.block_size;
-    page = run.pages[(from.position - used - run.start) / tree_.block_size];
+    const int32_t used = tree_.page_offset(from.position);
+    page = run.pages[tree_.page_index(from.position - run.start)];
     if (run.copy_targets == 0) return from;
     for (const PendingCopy& copy : copies_) {
         if (copy.job.target_slot != page * tree_.block_size || copy.job.length < used) continue;
@@ -338,7 +326,9 @@ void PrefixCache::acknowledge_copies() {
 int64_t PrefixCache::pin(int64_t source, int32_t priority, int32_t position) {
     const Lock lock(mutex_);
     if (position < 0) position = tree_.holders[find(source)].length;
-    const int64_t handle = hold_at(HolderKind::kPin, find_source(source, position), position);
+    find_source(source, position);
+    int64_t handle;
+    hold_at(HolderKind::kPin, source, position, 1, &handle);
     const int32_t holder = find(handle);
     tree_.holders[holder].priority = priority;
     pins_.insert({priority, holder});

@@ -73,9 +73,11 @@ class PrefixCache {
     void append(Handles sequences, const int32_t* tokens, int64_t num_tokens, Counts counts, int32_t* slots);
 
     // counts[i] new sequences that share the first positions[i] tokens of sequence or mark i.
-    std::vector<int64_t> fork(Handles sources, Counts positions, Counts counts);
+    void fork(Handles sources, Counts positions, Counts counts, int64_t* forks);
+    // How many those are.
+    static int64_t number_of_forks(Handles sources, Counts counts);
     // A mark at each position, to fork from later.
-    std::vector<int64_t> mark(Handles sources, Counts positions);
+    void mark(Handles sources, Counts positions, int64_t* marks);
 
     // Makes the sequences' tokens matchable. A sequence of an older epoch stays private.
     void commit(Handles sequences);
@@ -121,8 +123,7 @@ class PrefixCache {
     int32_t find(int64_t handle) const;
     int32_t find_sequence(int64_t handle) const;
     int32_t find_source(int64_t handle, int32_t position) const;
-    int64_t handle_of(int32_t holder) const;
-    void require_sizes(Handles handles, Counts counts, const char* what) const;
+    static void require_sizes(Handles handles, Counts counts, const char* what);
     void begin_call() { ++call_; }
     void name_once(int32_t holder);
     bool set_aside(Handles sequences, Counts counts);
@@ -130,7 +131,7 @@ class PrefixCache {
     void branch(int32_t holder, const int32_t* tokens, int32_t count, int32_t* slots);
     Place copy_source(Place from, int32_t& page) const;
     void refuse_pending_copies(int32_t holder) const;
-    int64_t hold_at(HolderKind kind, int32_t source, int32_t position);
+    void hold_at(HolderKind kind, int64_t source, int32_t position, int32_t count, int64_t* handles);
     void let_go(int32_t holder);
     void give_up_pin(int32_t pin);
 

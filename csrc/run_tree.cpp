@@ -27,6 +27,9 @@ RunTree::RunTree(int32_t num_blocks, int32_t block_size) : num_blocks(num_blocks
         throw std::invalid_argument("num_blocks * block_size must be below 2^31, since slots are int32; got " +
                                     std::to_string(num_blocks) + " * " + std::to_string(block_size));
     }
+    if ((block_size & (block_size - 1)) == 0) {
+        for (shift_ = 0; (1 << shift_) < block_size;) ++shift_;
+    }
     free_pages.reserve(num_blocks);
     for (int32_t page = num_blocks; page-- > 0;) free_pages.push_back(page);
 }
@@ -111,7 +114,7 @@ void RunTree::copy_tokens(int32_t run, int32_t length, int32_t* tokens) const {
 void RunTree::copy_pages(int32_t run, int32_t length, int32_t* pages) const {
     for (; !runs[run].is_root(); length = runs[run].start, run = runs[run].parent) {
         const Run& from = runs[run];
-        std::copy_n(from.pages.data(), pages_for(length - from.start), pages + from.start / block_size);
+        std::copy_n(from.pages.data(), pages_for(length - from.start), pages + page_index(from.start));
     }
 }
 
@@ -243,6 +246,15 @@ void RunTree::attach(int32_t holder, int32_t run, int32_t position) {
     raise(run, position);
 }
 
+void RunTree::attach_new(HolderKind kind, int32_t run, int32_t position, int32_t count, int64_t* handles) {
+    for (int32_t i = 0; i < count; ++i) {
+        const int32_t holder = new_holder(kind);
+        link_holder(holder, run, position);
+        handles[i] = handle_of(holder);
+    }
+    if (count > 0) raise(run, position);
+}
+
 void RunTree::detach(int32_t id) {
     const int32_t run = holders[id].run;
     unlink_holder(id);
@@ -335,15 +347,19 @@ bool RunTree::may_extend(int32_t id) const {
 }
 
 void RunTree::write(Run& run, const int32_t* tokens, int32_t count, int32_t* slots) {
-    for (int32_t i = 0; i < count; ++i) {
-        const int32_t offset = static_cast<int32_t>(run.tokens.size()) % block_size;
+    int32_t offset = page_offset(static_cast<int32_t>(run.tokens.size()));
+    run.tokens.insert(run.tokens.end(), tokens, tokens + count);
+    while (count > 0) {
         if (offset == 0) {
             run.pages.push_back(free_pages.back());
             free_pages.pop_back();
             ++version;
         }
-        slots[i] = run.pages.back() * block_size + offset;
-        run.tokens.push_back(tokens[i]);
+        const int32_t here = std::min(count, block_size - offset);
+        const int32_t slot = run.pages.back() * block_size + offset;
+        for (int32_t i = 0; i < here; ++i) *slots++ = slot + i;
+        count -= here;
+        offset = 0;
     }
 }
 
@@ -504,9 +520,9 @@ void RunTree::merge(int32_t id, int32_t from, int32_t twin, int32_t position) {
         Run& run = runs[id];
         Run& rest = runs[tail];
         rest.tokens.assign(run.tokens.begin() + (upto - start), run.tokens.end());
-        rest.pages.assign(run.pages.begin() + (upto - start) / block_size, run.pages.end());
+        rest.pages.assign(run.pages.begin() + page_index(upto - start), run.pages.end());
         run.tokens.resize(upto - start);
-        run.pages.resize((upto - start) / block_size);
+        run.pages.resize(page_index(upto - start));
     }
     const int32_t writer = runs[id].writer;
     const auto new_run_at = [&](int32_t at) { return at > upto ? tail : run_at(last, at); };
@@ -530,7 +546,7 @@ void RunTree::merge(int32_t id, int32_t from, int32_t twin, int32_t position) {
         }
         child = next;
     }
-    deduplicated += (upto - from) / block_size;
+    deduplicated += page_index(upto - from);
     ++version;
     runs[id].committed = std::min(runs[id].committed, from);
     lower(id);

@@ -50,27 +50,28 @@ struct ChildEntry {
 };
 
 struct Run {
+    // What matching and writing touch comes first.
+    std::vector<int32_t> tokens;
+    std::vector<int32_t> pages;
     int32_t parent = kNone;  // kNone: a root, which has no tokens
     int32_t start = 0;
-    int32_t committed = 0;   // matchable up to here
-    int32_t lock = 0;        // held up to here; == start: not held
-    int32_t cached = 0;      // pages at the end that no one holds
-    int32_t hot = 0;         // used up to here since its tail was last used (see evict)
-    int32_t writer = kNone;  // the sequence that may write at the end
+    int32_t lock = 0;               // held up to here; == start: not held
+    int32_t writer = kNone;         // the sequence that may write at the end
+    int32_t committed = 0;          // matchable up to here
+    std::vector<ChildEntry> index;  // matchable children by start, then by the tokens of their first page
     int32_t first_holder = kNone;
     int32_t first_child = kNone;  // all child runs, in no order
     int32_t next_sibling = kNone, previous_sibling = kNone;
+    int32_t cached = 0;                          // pages at the end that no one holds
+    int32_t hot = 0;                             // used up to here since its tail was last used (see evict)
     int32_t newer = kNone, older = kNone;        // neighbours in the list of evictable runs
     int32_t copy_sources = 0, copy_targets = 0;  // pending copies out of and into its pages
-    uint32_t plan_stamp = 0;                     // scratch of SharedPlan
+    uint32_t plan_stamp = 0;                     // scratch of SharedPlanner
     int32_t plan_node = 0;
     bool listed = false;   // in the list of evictable runs
     bool indexed = false;  // in the parent's index
     int64_t epoch = 0;
     int64_t name_space = 0;
-    std::vector<int32_t> tokens;
-    std::vector<int32_t> pages;
-    std::vector<ChildEntry> index;  // matchable children by start, then by the tokens of their first page
 
     int32_t end() const { return start + static_cast<int32_t>(tokens.size()); }
     bool is_root() const { return parent == kNone; }
@@ -95,8 +96,11 @@ class RunTree {
 
     int32_t new_holder(HolderKind kind);
     void attach(int32_t holder, int32_t run, int32_t position);
+    // `count` new holders of a kind at one place, their handles written to `handles`.
+    void attach_new(HolderKind kind, int32_t run, int32_t position, int32_t count, int64_t* handles);
     void detach(int32_t holder);
     void free_holder(int32_t holder);
+    int64_t handle_of(int32_t holder) const { return (int64_t{holders[holder].generation} << 32) | holder; }
     void move(int32_t holder, int32_t run, int32_t position);
 
     // Whether the holder may write behind its last token in place, no one else having written there.
@@ -118,8 +122,10 @@ class RunTree {
     std::string dot() const;
     int64_t bookkeeping_bytes() const;  // all but the token ids
 
-    int32_t pages_for(int32_t tokens) const { return (tokens + block_size - 1) / block_size; }
-    int32_t page_start(int32_t position) const { return position - position % block_size; }
+    int32_t page_index(int32_t position) const { return shift_ < 0 ? position / block_size : position >> shift_; }
+    int32_t page_start(int32_t position) const { return page_index(position) * block_size; }
+    int32_t page_offset(int32_t position) const { return position - page_start(position); }
+    int32_t pages_for(int32_t tokens) const { return page_index(tokens + block_size - 1); }
 
     const int32_t num_blocks, block_size;
     int64_t epoch = 0;
@@ -177,6 +183,7 @@ class RunTree {
     bool commit_run(int32_t run, int32_t position);
     void merge(int32_t run, int32_t from, int32_t twin, int32_t position);
 
+    int32_t shift_ = -1;  // log2 of block_size where it has one: divisions are what the hot paths would spend time on
     List fresh_, stale_;  // runs with cached pages, of this epoch and of older ones
     std::unordered_map<int64_t, int32_t> roots_;
 };

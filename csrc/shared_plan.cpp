@@ -14,6 +14,7 @@ bool SharedPlan::same_arrays(const SharedPlan& other) const {
 
 SharedPlan SharedPlanner::build(RunTree& tree, const std::vector<int32_t>& holders) {
     plan_ = {};
+    reserve_plan(holders.size());
     nodes_.clear();
     roots_.clear();
     group_above_.clear();
@@ -30,7 +31,19 @@ SharedPlan SharedPlanner::build(RunTree& tree, const std::vector<int32_t>& holde
     for (const int32_t root : roots_) visit(tree, root, kNone);
     fill_rows();
     fill_tails(tree, holders);
+    last_groups_ = plan_.group_starts.size();
+    last_pages_ = plan_.pages.size();
     return std::move(plan_);
+}
+
+// The next plan is about as large as the last one.
+void SharedPlanner::reserve_plan(size_t rows) {
+    const size_t groups = last_groups_ + last_groups_ / 8 + 1;
+    for (auto* array : {&plan_.group_starts, &plan_.group_lengths, &plan_.page_offsets, &plan_.row_offsets}) {
+        array->reserve(groups + 1);
+    }
+    plan_.pages.reserve(last_pages_ + last_pages_ / 8);
+    plan_.tail_offsets.reserve(rows + 1);
 }
 
 int32_t SharedPlanner::node_of(RunTree& tree, int32_t id) {
@@ -110,8 +123,8 @@ int32_t SharedPlanner::share(const RunTree& tree, const Run& run, int32_t begin,
         plan_.page_offsets.push_back(plan_.page_offsets.back());
     }
     const auto pages = run.pages.begin();
-    plan_.pages.insert(plan_.pages.end(), pages + (begin - run.start) / tree.block_size,
-                       pages + (end - run.start) / tree.block_size);
+    plan_.pages.insert(plan_.pages.end(), pages + tree.page_index(begin - run.start),
+                       pages + tree.page_index(end - run.start));
     plan_.group_lengths[group] += end - begin;
     plan_.page_offsets.back() = static_cast<int32_t>(plan_.pages.size());
     return group;
@@ -148,7 +161,6 @@ void SharedPlanner::fill_rows() {
 }
 
 void SharedPlanner::fill_tails(const RunTree& tree, const std::vector<int32_t>& holders) {
-    const int32_t size = tree.block_size;
     plan_.tail_offsets.push_back(0);
     for (size_t row = 0; row < holders.size(); ++row) {
         const int32_t group = row_group_[row];
@@ -164,8 +176,8 @@ void SharedPlanner::fill_tails(const RunTree& tree, const std::vector<int32_t>& 
         for (int32_t id = tree.holders[holders[row]].run; end > start; id = tree.runs[id].parent) {
             const Run& run = tree.runs[id];
             const int32_t begin = std::max(run.start, start);
-            const auto pages = run.pages.begin() + (begin - run.start) / size;
-            std::copy_n(pages, tree.pages_for(end - begin), tail + (begin - start) / size);
+            const auto pages = run.pages.begin() + tree.page_index(begin - run.start);
+            std::copy_n(pages, tree.pages_for(end - begin), tail + tree.page_index(begin - start));
             end = run.start;
         }
     }

@@ -52,6 +52,7 @@ class SharedPlanner {
         int32_t node;  // the child's node
     };
 
+    void reserve_plan(size_t rows);
     int32_t node_of(RunTree& tree, int32_t run);
     void add_row(RunTree& tree, const Holder& holder, int32_t row);
     void visit(const RunTree& tree, int32_t node, int32_t group);
@@ -62,6 +63,7 @@ class SharedPlanner {
     void fill_tails(const RunTree& tree, const std::vector<int32_t>& holders);
 
     uint32_t stamp_ = 0;
+    size_t last_groups_ = 0, last_pages_ = 0;
     std::vector<Node> nodes_;
     std::vector<int32_t> roots_;
     std::vector<int32_t> next_row_;     // per row: the next that ends in the same run

@@ -60,6 +60,8 @@ class Prefill:
     branches: list[Branch]
     sequence: int
     tokens: np.ndarray  # int32
+    slots: np.ndarray  # int32, of tokens[hit:]
+    pages: np.ndarray  # int32
     hit: int
     computed: int
 

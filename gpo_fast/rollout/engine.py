@@ -6,6 +6,7 @@ prefill and decode alike.
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpo_fast import _C
 from gpo_fast._C import PrefixCache
 from gpo_fast.rollout.attention import NAME, KVPool, PagedBatch
 from gpo_fast.rollout.branch import Branch, Prefill
+from gpo_fast.rollout.packed import PackedDecoder
+from gpo_fast.rollout.segments import (
+    LEAST_SAVED_KEYS,
+    Segments,
+    SharedGroups,
+    concatenate,
+    decode_segments,
+    shared_groups,
+)
 from gpo_fast.rollout.stream import RolloutStream
 from gpo_fast.rollout.types import Completion, Request
+
+log = logging.getLogger(__name__)
 
 
 class RolloutEngine:
@@ -35,6 +48,9 @@ class RolloutEngine:
         max_batch_size: sequences that decode together.
         max_prefill_tokens: prompt tokens in one forward pass.
         seed: first of the seeds that requests without one get.
+        share_prefixes: read the keys that branches share once for all of them; False reads them for each.
+        fast_forward: on a CPU, run known architectures (Llama, Qwen2, Qwen3, Mistral) in C++ on a packed copy of
+            the weights; False runs the model's own modules. The log says which runs.
 
     Raises:
         ValueError: a model whose attention is not full (sliding window, latent, linear, chunked), or KV memory that
@@ -51,6 +67,8 @@ class RolloutEngine:
         max_batch_size: int = 64,
         max_prefill_tokens: int = 2048,
         seed: int = 0,
+        share_prefixes: bool = True,
+        fast_forward: bool = True,
     ) -> None:
         if max_batch_size < 1 or max_prefill_tokens < 1:
             raise ValueError(
@@ -89,12 +107,25 @@ class RolloutEngine:
         self.pool = KVPool(
             config.num_hidden_layers, self.num_blocks, block_size, kv_heads, head_dim, dtype, weight.device
         )
+        self._packed = self._pack(fast_forward)
+        self._packed_epoch = 0
+        self._least_saved = LEAST_SAVED_KEYS if share_prefixes else 1 << 62
+        self._grouped: tuple[np.ndarray, SharedGroups] | None = None  # running sequences and their groups
         self._epoch = 0
         self._next_seed = seed
         self.end_tokens = _end_tokens(self._base, tokenizer)
         self._stream: weakref.ref[RolloutStream] | None = None
         self.counters = dict.fromkeys(
-            ("steps", "prefill_tokens", "decode_tokens", "shared_tokens", "preemptions", "cancelled"), 0
+            (
+                "steps",
+                "prefill_tokens",
+                "decode_tokens",
+                "shared_tokens",
+                "shared_reads_saved",
+                "preemptions",
+                "cancelled",
+            ),
+            0,
         )
         self.seconds = dict.fromkeys(("schedule", "forward", "sample"), 0.0)
 
@@ -203,16 +234,26 @@ class RolloutEngine:
         start = time.perf_counter()
         decoding = np.array([b.sequence for b in running], dtype=np.int64)
         last = np.array([b.tokens[-1] for b in running], dtype=np.int32)
-        self.cache.append(decoding, last, 1)
-        at = np.array([len(b.prompt) + len(b.tokens) - 1 for b in running], dtype=np.int64)
-        tokens = np.concatenate([last, *(e.tokens[first : e.computed] for e, first in chunks)])
-        positions = np.concatenate([at, *(np.arange(first, e.computed) for e, first in chunks)])
         counts = np.array([1] * len(running) + [e.computed - first for e, first in chunks])
-        owners = np.repeat(np.arange(len(counts)), counts)
-        tables = self.cache.block_tables([*decoding.tolist(), *(e.sequence for e, _ in chunks)])[owners]
+        slots = self.cache.append(decoding, last, 1)
+        at = np.array([len(b.prompt) + len(b.tokens) - 1 for b in running], dtype=np.int64)
+        tokens = np.concatenate([last, *(e.tokens[first : e.computed] for e, first in chunks)]).astype(np.int64)
+        slots = np.concatenate([slots, *(e.slots[first - e.hit : e.computed - e.hit] for e, first in chunks)])
+        positions = np.concatenate([at, *(np.arange(first, e.computed) for e, first in chunks)])
         complete = np.array([True] * len(running) + [e.missing == 0 for e, _ in chunks])
-        hidden = self._hidden(tokens.astype(np.int64), positions, tables)
-        logits = self._logits(hidden[torch.from_numpy((np.cumsum(counts) - 1)[complete]).to(hidden.device)])
+        selected = (np.cumsum(counts) - 1)[complete].astype(np.int32)
+        segments = self._segments(decoding, at + 1, chunks)
+        self.pool.copy(*self.cache.take_copies())
+        self.cache.acknowledge_copies()
+        self.seconds["schedule"] += time.perf_counter() - start
+        start = time.perf_counter()
+        if self._packed is not None:
+            if self._packed_epoch != self._epoch:
+                self._packed.repack()
+                self._packed_epoch = self._epoch
+            logits = self._packed.forward(tokens, positions, slots.astype(np.int64), segments, selected)
+        else:
+            logits = self._forward_modules(tokens, positions, slots, segments, selected)
         self.counters["decode_tokens"] += len(running)
         self.counters["prefill_tokens"] += len(tokens) - len(running)
         self.seconds["forward"] += time.perf_counter() - start
@@ -220,26 +261,50 @@ class RolloutEngine:
 
     # -- the forward pass -----------------------------------------------------------------------------------
 
-    def _hidden(self, tokens: np.ndarray, positions: np.ndarray, tables: np.ndarray) -> Tensor:
-        """Hidden states [N, H] of N tokens at `positions` of sequences with the pages `tables` [N, pages]."""
+    def _segments(self, decoding: np.ndarray, lengths: np.ndarray, chunks: list[tuple[Prefill, int]]) -> Segments:
+        """What each row of the pass sees. The groups of the running branches are found anew when those change."""
+        parts = []
+        if len(decoding):
+            tables = self.cache.block_tables(decoding)
+            if self._grouped is None or not np.array_equal(self._grouped[0], decoding):
+                self._grouped = decoding, shared_groups(tables, lengths, self.block_size, self._least_saved)
+            groups = self._grouped[1]
+            parts = decode_segments(groups, tables, lengths, self.block_size)
+            self.counters["shared_reads_saved"] += groups.saved_keys
+        row = len(decoding)
+        for entry, first in chunks:
+            rows = np.arange(row, row + entry.computed - first)
+            pages = entry.pages[: -(-entry.computed // self.block_size)]
+            parts.append((pages, rows, np.arange(first + 1, entry.computed + 1)))
+            row += len(rows)
+        return concatenate(parts)
+
+    def _forward_modules(
+        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, segments: Segments, selected: np.ndarray
+    ) -> Tensor:
+        """The model's own modules with paged attention: any causal LM, any device."""
         device = self.pool.keys.device
-        self.pool.copy(*self.cache.take_copies())
-        self.cache.acknowledge_copies()
-        slots = tables[np.arange(len(tokens)), positions // self.block_size].astype(np.int64) * self.block_size
-        batch = PagedBatch(
-            self.pool,
-            torch.from_numpy(slots + positions % self.block_size).to(device),
-            torch.from_numpy(np.ascontiguousarray(tables)).to(device),
-            torch.from_numpy((positions + 1).astype(np.int32)).to(device),
-            self._softcap,
-        )
+        batch = PagedBatch(self.pool, torch.from_numpy(slots).long().to(device), segments, self._softcap)
         output = self._base.get_decoder()(
             input_ids=torch.from_numpy(tokens)[None].to(device),
             position_ids=torch.from_numpy(positions)[None].to(device),
             use_cache=False,
             paged_batch=batch,
         )
-        return output.last_hidden_state[0]
+        return self._logits(output.last_hidden_state[0, torch.from_numpy(selected).long().to(device)])
+
+    def _pack(self, wanted: bool) -> PackedDecoder | None:
+        reason = "" if wanted else "fast_forward is off"
+        if wanted:
+            try:
+                packed = PackedDecoder(self._base, self.pool)
+            except ValueError as error:
+                reason = f"{error} has no fast forward pass"
+            else:
+                log.info("rollouts run the packed C++ forward pass with %s kernels", _C.cpu_kernels())
+                return packed
+        log.info("rollouts run the model's own modules: %s", reason)
+        return None
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self._base.get_output_embeddings()(hidden).float()

@@ -197,10 +197,11 @@ class RolloutStream(Iterator[Completion]):
                 self._cache.release([sequence])
                 self._waiting.extendleft(reversed(group))
                 break
-            self._cache.append([sequence], tokens[hit:], [missing])
+            slots = self._cache.append([sequence], tokens[hit:], [missing])
+            pages = self._cache.block_table(sequence)
             for branch in group:
                 branch.admitted = self._counters["steps"]
-            self._prefilling.append(Prefill(group, sequence, tokens, hit, hit))
+            self._prefilling.append(Prefill(group, sequence, tokens, slots, pages, hit, hit))
             self._counters["shared_tokens"] += hit + (len(group) - 1) * len(tokens)
             room -= len(group)
             budget -= missing

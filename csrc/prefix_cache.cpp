@@ -6,370 +6,471 @@ namespace gpo_fast {
 
 namespace {
 
-int32_t common_prefix(const std::vector<int32_t>& run, const int32_t* tokens, int32_t count) {
-    const int32_t limit = std::min<int32_t>(count, static_cast<int32_t>(run.size()));
-    int32_t n = 0;
-    while (n < limit && run[n] == tokens[n]) ++n;
-    return n;
+const char* name_of(HolderKind kind) {
+    switch (kind) {
+        case HolderKind::kSequence:
+            return "sequence";
+        case HolderKind::kMark:
+            return "mark";
+        case HolderKind::kPin:
+            return "pin";
+        case HolderKind::kCopy:
+            return "pending copy";
+        case HolderKind::kFree:
+            break;
+    }
+    return "released handle";
 }
 
 }  // namespace
 
-PrefixCache::PrefixCache(int32_t num_blocks, int32_t block_size)
-    : num_blocks_(num_blocks),
-      block_size_(block_size),
-      holders_(std::max(num_blocks, 0)),
-      in_tree_(std::max(num_blocks, 0)) {
-    if (num_blocks < 1) throw std::invalid_argument("num_blocks must be at least 1, got " + std::to_string(num_blocks));
-    if (block_size < 1) throw std::invalid_argument("block_size must be at least 1, got " + std::to_string(block_size));
-    free_.reserve(num_blocks);
-    for (int32_t page = num_blocks; page-- > 0;) free_.push_back(page);
+// -- handles ----------------------------------------------------------------------------------------------------
+
+int32_t PrefixCache::find(int64_t handle) const {
+    const int64_t index = handle & 0xffffffff;
+    if (handle >= 0 && index < static_cast<int64_t>(tree_.holders.size())) {
+        const Holder& holder = tree_.holders[index];
+        const bool given_out = holder.kind != HolderKind::kFree && holder.kind != HolderKind::kCopy;
+        if (given_out && holder.generation == static_cast<uint32_t>(handle >> 32)) return static_cast<int32_t>(index);
+    }
+    throw std::invalid_argument("no live sequence has the handle " + std::to_string(handle) +
+                                ": it was released or never opened");
+}
+
+int32_t PrefixCache::find_sequence(int64_t handle) const {
+    const int32_t holder = find(handle);
+    const HolderKind kind = tree_.holders[holder].kind;
+    if (kind != HolderKind::kSequence) {
+        throw std::invalid_argument("handle " + std::to_string(handle) + " is a " + name_of(kind) +
+                                    ", and a sequence is needed here: fork one from it");
+    }
+    return holder;
+}
+
+// A sequence or mark that has `position` tokens.
+int32_t PrefixCache::find_source(int64_t handle, int32_t position) const {
+    const int32_t holder = find(handle);
+    if (position < 0 || position > tree_.holders[holder].length) {
+        throw std::invalid_argument("position " + std::to_string(position) + " is not within the " +
+                                    std::to_string(tree_.holders[holder].length) + " tokens of handle " +
+                                    std::to_string(handle));
+    }
+    return holder;
+}
+
+void PrefixCache::name_once(int32_t holder) {
+    if (tree_.holders[holder].call == call_) {
+        throw std::invalid_argument("handle " + std::to_string(tree_.handle_of(holder)) +
+                                    " is named twice in one call");
+    }
+    tree_.holders[holder].call = call_;
+}
+
+void PrefixCache::require_sizes(Handles handles, Counts counts, const char* what) {
+    if (counts.one_for_all || counts.size == handles.size) return;
+    throw std::invalid_argument("one " + std::string(what) + " is needed for each of " + std::to_string(handles.size) +
+                                " handles, got " + std::to_string(counts.size));
+}
+
+void PrefixCache::hold_at(HolderKind kind, int64_t source, int32_t position, int32_t count, int64_t* handles) {
+    const int32_t run = tree_.run_at(tree_.holders[find(source)].run, position);
+    tree_.attach_new(kind, run, position, count, handles);
+    counts_[static_cast<int>(kind)] += count;
+}
+
+void PrefixCache::let_go(int32_t id) {
+    Holder& holder = tree_.holders[id];
+    --counts_[static_cast<int>(holder.kind)];
+    reserved_ -= holder.reserved;
+    holder.reserved = 0;
+    tree_.detach(id);
+    tree_.free_holder(id);
+}
+
+// -- sequences --------------------------------------------------------------------------------------------------
+
+std::pair<int64_t, int32_t> PrefixCache::open(const int32_t* tokens, int64_t count, int64_t name_space) {
+    if (count < 1) throw std::invalid_argument("open needs at least one token");
+    if (count > INT32_MAX) throw std::invalid_argument("a sequence has less than 2^31 tokens");
+    const Lock lock(mutex_);
+    Place place = tree_.match(name_space, tokens, static_cast<int32_t>(count) - 1);  // the last one's logits are needed
+    if (place.run == kNone) place.run = tree_.root(name_space);
+    const int32_t holder = tree_.new_holder(HolderKind::kSequence);
+    tree_.attach(holder, place.run, place.position);
+    ++counts_[static_cast<int>(HolderKind::kSequence)];
+    hit_tokens_ += place.position;
+    opened_tokens_ += count;
+    return {tree_.handle_of(holder), place.position};
+}
+
+void PrefixCache::fork(Handles sources, Counts positions, Counts counts, int64_t* forks) {
+    const Lock lock(mutex_);
+    require_sizes(sources, positions, "position");
+    for (size_t i = 0; i < sources.size; ++i) find_source(sources[i], positions[i]);
+    for (size_t i = 0; i < sources.size; forks += counts[i++]) {
+        hold_at(HolderKind::kSequence, sources[i], positions[i], counts[i], forks);
+    }
+}
+
+void PrefixCache::mark(Handles sources, Counts positions, int64_t* marks) {
+    const Lock lock(mutex_);
+    require_sizes(sources, positions, "position");
+    for (size_t i = 0; i < sources.size; ++i) find_source(sources[i], positions[i]);
+    for (size_t i = 0; i < sources.size; ++i) hold_at(HolderKind::kMark, sources[i], positions[i], 1, marks + i);
+}
+
+int64_t PrefixCache::number_of_forks(Handles sources, Counts counts) {
+    require_sizes(sources, counts, "number of forks");
+    int64_t total = 0;
+    for (size_t i = 0; i < sources.size; ++i) {
+        if (counts[i] < 0) throw std::invalid_argument("cannot make " + std::to_string(counts[i]) + " forks");
+        total += counts[i];
+    }
+    return total;
+}
+
+void PrefixCache::release(Handles handles) {
+    const Lock lock(mutex_);
+    begin_call();
+    for (size_t i = 0; i < handles.size; ++i) {
+        const int32_t holder = find(handles[i]);
+        if (tree_.holders[holder].kind == HolderKind::kPin) {
+            throw std::invalid_argument("handle " + std::to_string(handles[i]) + " is a pin: use unpin");
+        }
+        name_once(holder);
+    }
+    for (size_t i = 0; i < handles.size; ++i) let_go(find(handles[i]));
+    ++tree_.version;
+}
+
+void PrefixCache::truncate(int64_t sequence, int32_t length) {
+    const Lock lock(mutex_);
+    find_source(sequence, length);
+    const int32_t holder = find_sequence(sequence);
+    tree_.move(holder, tree_.run_at(tree_.holders[holder].run, length), length);
+    ++tree_.version;
+}
+
+void PrefixCache::commit(Handles sequences) {
+    const Lock lock(mutex_);
+    for (size_t i = 0; i < sequences.size; ++i) refuse_pending_copies(find_sequence(sequences[i]));
+    for (size_t i = 0; i < sequences.size; ++i) {
+        const int32_t holder = find(sequences[i]);
+        if (tree_.runs[tree_.holders[holder].run].epoch == tree_.epoch) tree_.commit(holder);
+    }
+}
+
+void PrefixCache::refuse_pending_copies(int32_t holder) const {
+    int32_t end = tree_.holders[holder].length;
+    for (int32_t id = tree_.holders[holder].run; id != kNone; end = tree_.runs[id].start, id = tree_.runs[id].parent) {
+        if (tree_.runs[id].copy_targets > 0 && tree_.runs[id].committed < end) {
+            throw std::invalid_argument("sequence " + std::to_string(tree_.handle_of(holder)) +
+                                        " waits for a copy: perform the copies and acknowledge them before commit");
+        }
+    }
 }
 
 void PrefixCache::begin_epoch(int64_t version) {
-    if (version <= epoch_) {
-        throw std::invalid_argument("an epoch's version must be above the last one, " + std::to_string(epoch_) +
+    const Lock lock(mutex_);
+    if (version <= tree_.epoch) {
+        throw std::invalid_argument("an epoch's version must be above the last one, " + std::to_string(tree_.epoch) +
                                     ", got " + std::to_string(version));
     }
-    epoch_ = version;
-    for (auto& child : root_.children) drop_tree(child.get());
-    root_.children.clear();
-    recency_.clear();
+    while (!pins_.empty()) give_up_pin(pins_.begin()->second);
+    tree_.begin_epoch(version);
 }
 
-void PrefixCache::drop_tree(Node* node) {
-    for (auto& child : node->children) drop_tree(child.get());
-    in_tree_[node->page] = 0;
-    if (holders_[node->page] == 1) --cached_;
-    let_go(node->page);
-}
+// -- room -------------------------------------------------------------------------------------------------------
 
-std::pair<int64_t, int32_t> PrefixCache::open(const int32_t* tokens, int32_t count) {
-    if (count < 1) throw std::invalid_argument("open needs at least one token");
-    const int64_t handle = new_sequence();
-    Sequence& sequence = find(handle);
-    const int32_t limit = count - 1;  // the last token's logits must be computed
-    int32_t hit = 0;
-    std::vector<Node*> path;
-    for (Node* node = &root_; hit < limit;) {
-        Node* best = nullptr;
-        int32_t best_match = 0;
-        for (auto& child : node->children) {
-            const int32_t match = common_prefix(child->tokens, tokens + hit, limit - hit);
-            if (match > best_match) best = child.get(), best_match = match;
-        }
-        if (!best) break;
-        sequence.pages.push_back(best->page);
-        hold(best->page);
-        path.push_back(best);
-        hit += best_match;
-        if (best_match < block_size_) break;
-        node = best;
-    }
-    for (auto it = path.rbegin(); it != path.rend(); ++it) touch(*it);
-    sequence.tokens.assign(tokens, tokens + hit);
-    hit_tokens_ += hit;
-    opened_tokens_ += count;
-    return {handle, hit};
-}
-
-bool PrefixCache::tail_is_shared(const Sequence& sequence) const {
-    return sequence.tokens.size() % block_size_ != 0 && holders_[sequence.pages.back()] > 1;
-}
-
-int32_t PrefixCache::pages_needed(const Sequence& sequence, int32_t count) const {
+int32_t PrefixCache::pages_needed(int32_t id, int32_t count) {
     if (count == 0) return 0;
-    const int32_t length = static_cast<int32_t>(sequence.tokens.size());
-    const int32_t pages =
-        (length + count + block_size_ - 1) / block_size_ - static_cast<int32_t>(sequence.pages.size());
-    return pages + (tail_is_shared(sequence) ? 1 : 0);
+    const int32_t length = tree_.holders[id].length;
+    const int32_t pages = tree_.pages_for(length + count);
+    if (!tree_.may_extend(id)) return pages - tree_.page_index(length);
+    Run& run = tree_.runs[tree_.holders[id].run];
+    if (run.writer == kNone) {  // this sequence writes on here; the others know that they will need a copy
+        run.writer = id;
+        claimed_.push_back(tree_.holders[id].run);
+    }
+    return pages - tree_.pages_for(length);
 }
 
-bool PrefixCache::reserve(const std::vector<int64_t>& sequences, const std::vector<int32_t>& lengths) {
-    if (sequences.size() != lengths.size()) throw std::invalid_argument("reserve needs one length for each sequence");
-    int64_t needed = 0;
-    for (size_t i = 0; i < sequences.size(); ++i) {
-        const Sequence& sequence = find(sequences[i]);
-        if (lengths[i] < 0)
-            throw std::invalid_argument("a length must not be negative, got " + std::to_string(lengths[i]));
-        needed +=
-            std::max<int64_t>(0, pages_needed(sequence, lengths[i]) - static_cast<int64_t>(sequence.reserved.size()));
-    }
-    const int64_t available = static_cast<int64_t>(free_.size()) + cached_;
-    if (needed > available) return false;
-    // Pages above the source of a copy that is not yet acknowledged stay, though only the tree holds them.
-    const int64_t missing = needed - static_cast<int64_t>(free_.size());
-    if (missing > 0 && evict(static_cast<int32_t>(missing)) < missing) return false;
-    for (size_t i = 0; i < sequences.size(); ++i) {
-        Sequence& sequence = find(sequences[i]);
-        while (static_cast<int32_t>(sequence.reserved.size()) < pages_needed(sequence, lengths[i])) {
-            sequence.reserved.push_back(take_free_page());
+// Fills batch_ and needed_. False, and no change, without room.
+bool PrefixCache::set_aside(Handles sequences, Counts counts) {
+    require_sizes(sequences, counts, "length");
+    begin_call();
+    batch_.clear();
+    needed_.clear();
+    claimed_.clear();
+    for (size_t i = 0; i < sequences.size; ++i) {
+        const int32_t holder = find_sequence(sequences[i]);
+        name_once(holder);
+        if (counts[i] < 0)
+            throw std::invalid_argument("a length must not be negative, got " + std::to_string(counts[i]));
+        if (int64_t{tree_.holders[holder].length} + counts[i] > INT32_MAX - tree_.block_size) {
+            throw std::invalid_argument("a sequence has less than 2^31 tokens");
         }
+        batch_.push_back(holder);
     }
+    int64_t missing = 0;
+    for (size_t i = 0; i < batch_.size(); ++i) {
+        needed_.push_back(pages_needed(batch_[i], counts[i]));
+        missing += std::max(0, needed_[i] - tree_.holders[batch_[i]].reserved);
+    }
+    if (missing == 0) return true;
+    const int64_t free = static_cast<int64_t>(tree_.free_pages.size()) - reserved_;
+    if (missing > free + tree_.cached) {
+        for (const int32_t run : claimed_) tree_.runs[run].writer = kNone;
+        return false;
+    }
+    if (missing > free) tree_.evict(static_cast<int32_t>(missing - free));
+    for (size_t i = 0; i < batch_.size(); ++i) {
+        Holder& holder = tree_.holders[batch_[i]];
+        holder.reserved = std::max(holder.reserved, needed_[i]);
+    }
+    reserved_ += missing;
     return true;
 }
 
-std::vector<int32_t> PrefixCache::append(const std::vector<int64_t>& sequences, const int32_t* tokens,
-                                         const std::vector<int32_t>& lengths) {
-    if (!reserve(sequences, lengths)) throw OutOfBlocks("no free KV block is left: reserve() says so without an error");
-    std::vector<int32_t> slots;
-    for (size_t i = 0; i < sequences.size(); ++i) {
-        Sequence& sequence = find(sequences[i]);
-        if (lengths[i] > 0 && tail_is_shared(sequence)) {
-            const int32_t source = sequence.pages.back();
-            const int32_t target = sequence.reserved.back();
-            sequence.reserved.pop_back();
-            const int32_t used = static_cast<int32_t>(sequence.tokens.size()) % block_size_;
-            copies_.push_back({source * block_size_, target * block_size_, used});
-            copy_sources_.push_back(source);  // the sequence's hold on the source passes to the copy
-            sequence.pages.back() = target;
-            ++num_copies_;
-        }
-        for (int32_t k = 0; k < lengths[i]; ++k) {
-            const int32_t offset = static_cast<int32_t>(sequence.tokens.size()) % block_size_;
-            if (offset == 0) {
-                sequence.pages.push_back(sequence.reserved.back());
-                sequence.reserved.pop_back();
-            }
-            slots.push_back(sequence.pages.back() * block_size_ + offset);
-            sequence.tokens.push_back(*tokens++);
-        }
-    }
-    return slots;
+bool PrefixCache::reserve(Handles sequences, Counts counts) {
+    const Lock lock(mutex_);
+    return set_aside(sequences, counts);
 }
 
-std::vector<int64_t> PrefixCache::fork(int64_t source, int32_t position, int32_t count) {
-    const int32_t length = this->length(source);
-    if (position < 0 || position > length) {
-        throw std::invalid_argument("cannot fork at " + std::to_string(position) + " a sequence of " +
-                                    std::to_string(length) + " tokens");
+void PrefixCache::append(Handles sequences, const int32_t* tokens, int64_t num_tokens, Counts counts, int32_t* slots) {
+    const Lock lock(mutex_);
+    require_sizes(sequences, counts, "length");
+    int64_t total = 0;
+    for (size_t i = 0; i < sequences.size; ++i) total += counts[i];
+    if (total != num_tokens) {
+        throw std::invalid_argument("lengths add up to " + std::to_string(total) + ", but " +
+                                    std::to_string(num_tokens) + " tokens came");
     }
-    if (count < 0) throw std::invalid_argument("cannot make " + std::to_string(count) + " forks");
-    std::vector<int64_t> handles;
-    for (int32_t i = 0; i < count; ++i) {
-        const int64_t handle = new_sequence();
-        Sequence& fork = find(handle);  // new_sequence may move the sequences: look both up after it
-        const Sequence& parent = find(source);
-        fork.epoch = parent.epoch;
-        fork.tokens.assign(parent.tokens.begin(), parent.tokens.begin() + position);
-        fork.pages.assign(parent.pages.begin(), parent.pages.begin() + (position + block_size_ - 1) / block_size_);
-        for (int32_t page : fork.pages) hold(page);
-        handles.push_back(handle);
+    if (!set_aside(sequences, counts)) {
+        throw OutOfBlocks("no free KV block is left: reserve() says so without an error");
     }
-    return handles;
+    for (size_t i = 0; i < batch_.size(); ++i) {
+        const int32_t count = counts[i];
+        if (count == 0) continue;
+        const int32_t holder = batch_[i];
+        if (tree_.may_extend(holder)) {
+            tree_.extend(holder, tokens, count, slots);
+        } else {
+            branch(holder, tokens, count, slots);
+        }
+        tree_.holders[holder].reserved -= needed_[i];
+        reserved_ -= needed_[i];
+        tokens += count;
+        slots += count;
+    }
 }
 
-void PrefixCache::commit(int64_t handle) {
-    Sequence& sequence = find(handle);
-    if (sequence.epoch != epoch_) return;
-    const int32_t length = static_cast<int32_t>(sequence.tokens.size());
-    std::vector<Node*> path;
-    Node* node = &root_;
-    for (int32_t start = 0, index = 0; start < length; start += block_size_, ++index) {
-        const int32_t count = std::min(block_size_, length - start);
-        const int32_t* run = sequence.tokens.data() + start;
-        const int32_t page = sequence.pages[index];
-        Node* next = nullptr;
-        for (auto& child : node->children) {
-            if (common_prefix(child->tokens, run, count) == count) next = child.get();  // all of it is there already
-        }
-        if (!next) {
-            auto child = std::make_unique<Node>();
-            child->parent = node;
-            child->page = page;
-            child->tokens.assign(run, run + count);
-            next = child.get();
-            next->recency = recency_.insert(recency_.end(), next);
-            node->children.push_back(std::move(child));
-            hold(page);
-            in_tree_[page] = 1;
-        }
-        if (count == block_size_ && next->page != page) {
-            // De-duplication. A sequence holds the page of every full node above its own, so that a node that only
-            // the tree holds never has a held one below it and can always be evicted.
-            hold(next->page);
-            sequence.pages[index] = next->page;
-            let_go(page);
-        }
-        path.push_back(next);
-        node = next;
-    }
-    for (auto it = path.rbegin(); it != path.rend(); ++it) touch(*it);
+// Goes on in a page of the sequence's own; the used slots of the old one are to be copied.
+void PrefixCache::branch(int32_t holder, const int32_t* tokens, int32_t count, int32_t* slots) {
+    const Place from{tree_.holders[holder].run, tree_.holders[holder].length};
+    const int32_t used = tree_.page_offset(from.position);
+    if (used == 0) return tree_.branch(holder, tokens, count, slots);
+    int32_t page;
+    const Place source = copy_source(from, page);
+    const int32_t source_holder = tree_.new_holder(HolderKind::kCopy);
+    tree_.attach(source_holder, source.run, source.position);
+    ++tree_.runs[source.run].copy_sources;
+    tree_.branch(holder, tokens, count, slots);
+    const int32_t target = tree_.holders[holder].run;
+    const int32_t target_holder = tree_.new_holder(HolderKind::kCopy);
+    tree_.attach(target_holder, target, from.position);
+    ++tree_.runs[target].copy_targets;
+    const int32_t size = tree_.block_size;
+    copies_.push_back({{page * size, tree_.runs[target].pages[0] * size, used}, source_holder, target_holder});
+    ++num_copies_;
 }
 
-void PrefixCache::truncate(int64_t handle, int32_t length) {
-    Sequence& sequence = find(handle);
-    if (length < 0 || length > static_cast<int32_t>(sequence.tokens.size())) {
-        throw std::invalid_argument("cannot truncate to " + std::to_string(length) + " a sequence of " +
-                                    std::to_string(sequence.tokens.size()) + " tokens");
+// Where to copy a place's last page from: its own page, or that page's source if it is itself still to be copied.
+Place PrefixCache::copy_source(Place from, int32_t& page) const {
+    const Run& run = tree_.runs[from.run];
+    const int32_t used = tree_.page_offset(from.position);
+    page = run.pages[tree_.page_index(from.position - run.start)];
+    if (run.copy_targets == 0) return from;
+    for (const PendingCopy& copy : copies_) {
+        if (copy.job.target_slot != page * tree_.block_size || copy.job.length < used) continue;
+        page = copy.job.source_slot / tree_.block_size;
+        return {tree_.holders[copy.source_holder].run, from.position};
     }
-    const size_t keep = (length + block_size_ - 1) / block_size_;
-    while (sequence.pages.size() > keep) {
-        let_go(sequence.pages.back());
-        sequence.pages.pop_back();
-    }
-    sequence.tokens.resize(length);
-}
-
-void PrefixCache::release(const std::vector<int64_t>& sequences) {
-    for (size_t i = 0; i < sequences.size(); ++i) {
-        find(sequences[i]);
-        for (size_t k = 0; k < i; ++k) {
-            if (sequences[k] == sequences[i]) throw std::invalid_argument("a sequence is named twice in one release");
-        }
-    }
-    for (int64_t handle : sequences) {
-        Sequence& sequence = find(handle);
-        for (int32_t page : sequence.pages) let_go(page);
-        for (int32_t page : sequence.reserved) let_go(page);
-        sequence.tokens.clear();
-        sequence.pages.clear();
-        sequence.reserved.clear();
-        sequence.live = false;
-        ++sequence.generation;
-        free_sequences_.push_back(static_cast<int32_t>(handle & 0xffffffff));
-    }
+    return from;
 }
 
 std::vector<CopyJob> PrefixCache::take_copies() {
+    const Lock lock(mutex_);
     std::vector<CopyJob> jobs;
-    jobs.swap(copies_);
+    for (; taken_ < copies_.size(); ++taken_) jobs.push_back(copies_[taken_].job);
     return jobs;
 }
 
 void PrefixCache::acknowledge_copies() {
-    if (!copies_.empty()) throw std::invalid_argument("copies are acknowledged before they were taken");
-    for (int32_t page : copy_sources_) let_go(page);
-    copy_sources_.clear();
+    const Lock lock(mutex_);
+    if (taken_ < copies_.size()) throw std::invalid_argument("copies are acknowledged before they were taken");
+    for (const PendingCopy& copy : copies_) {
+        --tree_.runs[tree_.holders[copy.source_holder].run].copy_sources;
+        --tree_.runs[tree_.holders[copy.target_holder].run].copy_targets;
+        for (const int32_t holder : {copy.source_holder, copy.target_holder}) {
+            tree_.detach(holder);
+            tree_.free_holder(holder);
+        }
+    }
+    copies_.clear();
+    taken_ = 0;
 }
 
-int32_t PrefixCache::evict(int32_t count) {
-    int32_t done = 0;
-    // A node is touched after its children, so the oldest nodes are leaves or held; one that has become a leaf
-    // since is found by starting again at the oldest.
-    for (auto it = recency_.begin(); it != recency_.end() && done < count && cached_ > 0;) {
-        Node* node = *it;
-        if (!node->children.empty() || holders_[node->page] > 1) {
-            ++it;
-            continue;
-        }
-        remove_leaf(node);
-        ++done;
-        it = recency_.begin();
+// -- eviction ---------------------------------------------------------------------------------------------------
+
+int64_t PrefixCache::pin(int64_t source, int32_t priority, int32_t position) {
+    const Lock lock(mutex_);
+    if (position < 0) position = tree_.holders[find(source)].length;
+    find_source(source, position);
+    int64_t handle;
+    hold_at(HolderKind::kPin, source, position, 1, &handle);
+    const int32_t holder = find(handle);
+    tree_.holders[holder].priority = priority;
+    pins_.insert({priority, holder});
+    return handle;
+}
+
+void PrefixCache::unpin(int64_t pin) {
+    const Lock lock(mutex_);
+    const int32_t holder = find(pin);
+    const HolderKind kind = tree_.holders[holder].kind;
+    if (kind != HolderKind::kPin) {
+        throw std::invalid_argument("handle " + std::to_string(pin) + " is a " + name_of(kind) + ", not a pin");
     }
-    evicted_ += done;
+    pins_.erase({tree_.holders[holder].priority, holder});
+    let_go(holder);
+}
+
+// The handle stays good for unpin, but keeps nothing any more.
+void PrefixCache::give_up_pin(int32_t pin) {
+    pins_.erase({tree_.holders[pin].priority, pin});
+    tree_.move(pin, tree_.run_at(tree_.holders[pin].run, 0), 0);
+}
+
+int32_t PrefixCache::evict(int32_t count, int32_t priority) {
+    if (count < 0) throw std::invalid_argument("cannot evict " + std::to_string(count) + " pages");
+    const Lock lock(mutex_);
+    int32_t done = tree_.evict(count);
+    while (done < count && !pins_.empty() && pins_.begin()->first < priority) {
+        give_up_pin(pins_.begin()->second);
+        done += tree_.evict(count - done);
+    }
     return done;
 }
 
-void PrefixCache::remove_leaf(Node* node) {
-    recency_.erase(node->recency);
-    in_tree_[node->page] = 0;
-    --cached_;
-    let_go(node->page);
-    auto& siblings = node->parent->children;
-    siblings.erase(std::find_if(siblings.begin(), siblings.end(), [node](auto& child) { return child.get() == node; }));
+// -- reading ----------------------------------------------------------------------------------------------------
+
+int32_t PrefixCache::length(int64_t handle) const {
+    const Lock lock(mutex_);
+    return tree_.holders[find(handle)].length;
 }
 
-int32_t PrefixCache::length(int64_t handle) const { return static_cast<int32_t>(find(handle).tokens.size()); }
-const std::vector<int32_t>& PrefixCache::pages(int64_t handle) const { return find(handle).pages; }
-const std::vector<int32_t>& PrefixCache::tokens(int64_t handle) const { return find(handle).tokens; }
+std::vector<int32_t> PrefixCache::tokens(int64_t handle) const {
+    const Lock lock(mutex_);
+    const Holder& holder = tree_.holders[find(handle)];
+    std::vector<int32_t> tokens(holder.length);
+    tree_.copy_tokens(holder.run, holder.length, tokens.data());
+    return tokens;
+}
+
+std::vector<int32_t> PrefixCache::pages(int64_t handle) const {
+    const Lock lock(mutex_);
+    const Holder& holder = tree_.holders[find(handle)];
+    std::vector<int32_t> pages(tree_.pages_for(holder.length));
+    tree_.copy_pages(holder.run, holder.length, pages.data());
+    return pages;
+}
+
+size_t PrefixCache::page_table(Handles handles, std::vector<int32_t>& table) const {
+    const Lock lock(mutex_);
+    int32_t width = 1;
+    for (size_t i = 0; i < handles.size; ++i) {
+        width = std::max(width, tree_.pages_for(tree_.holders[find(handles[i])].length));
+    }
+    table.assign(handles.size * width, 0);
+    for (size_t i = 0; i < handles.size; ++i) {
+        const Holder& holder = tree_.holders[find(handles[i])];
+        tree_.copy_pages(holder.run, holder.length, table.data() + i * width);
+    }
+    return width;
+}
+
+std::shared_ptr<const SharedPlan> PrefixCache::plan(Handles handles) {
+    const Lock lock(mutex_);
+    if (plan_ && planned_version_ == tree_.version && planned_.size() == handles.size &&
+        std::equal(planned_.begin(), planned_.end(), handles.data)) {
+        return plan_;
+    }
+    batch_.clear();
+    for (size_t i = 0; i < handles.size; ++i) batch_.push_back(find(handles[i]));
+    SharedPlan built = planner_.build(tree_, batch_);
+    planned_.assign(handles.data, handles.data + handles.size);
+    planned_version_ = tree_.version;
+    if (!plan_ || !plan_->same_arrays(built)) {
+        built.version = plan_ ? plan_->version + 1 : 1;
+        plan_ = std::make_shared<const SharedPlan>(std::move(built));
+    }
+    return plan_;
+}
 
 CacheStats PrefixCache::stats() const {
-    const int64_t free = static_cast<int64_t>(free_.size());
-    const int64_t sequences = static_cast<int64_t>(sequences_.size() - free_sequences_.size());
-    return {num_blocks_,    free,     cached_,    num_blocks_ - free - cached_, sequences, hit_tokens_,
-            opened_tokens_, evicted_, num_copies_};
+    const Lock lock(mutex_);
+    CacheStats s{};
+    s.num_blocks = tree_.num_blocks;
+    s.free = static_cast<int64_t>(tree_.free_pages.size()) - reserved_;
+    s.cached = tree_.cached;
+    s.live = s.num_blocks - s.free - s.cached;
+    s.stale = tree_.stale;
+    s.reserved = reserved_;
+    s.sequences = counts_[static_cast<int>(HolderKind::kSequence)];
+    s.marks = counts_[static_cast<int>(HolderKind::kMark)];
+    s.pins = counts_[static_cast<int>(HolderKind::kPin)];
+    s.runs = static_cast<int64_t>(tree_.runs.size() - tree_.free_runs.size());
+    s.hit_tokens = hit_tokens_;
+    s.opened_tokens = opened_tokens_;
+    s.evicted = tree_.evicted;
+    s.copies = num_copies_;
+    s.deduplicated = tree_.deduplicated;
+    s.epoch = tree_.epoch;
+    return s;
+}
+
+int64_t PrefixCache::bookkeeping_bytes() const {
+    const Lock lock(mutex_);
+    return tree_.bookkeeping_bytes();
 }
 
 void PrefixCache::check_integrity() const {
+    const Lock lock(mutex_);
+    tree_.check_integrity();
     const auto require = [](bool condition, const char* invariant) {
         if (!condition) throw std::logic_error(std::string("broken invariant: ") + invariant);
     };
-    std::vector<int32_t> counted(num_blocks_);
-    for (const Sequence& sequence : sequences_) {
-        require(sequence.live || sequence.pages.empty(), "a released sequence holds nothing");
-        require(sequence.pages.size() == (sequence.tokens.size() + block_size_ - 1) / block_size_,
-                "a sequence has just the pages that its tokens fill");
-        for (int32_t page : sequence.pages) ++counted[page];
-        for (int32_t page : sequence.reserved) ++counted[page];
+    int64_t reserved = 0;
+    int64_t counted[5] = {};
+    for (const Holder& holder : tree_.holders) {
+        ++counted[static_cast<int>(holder.kind)];
+        require(holder.reserved >= 0, "no sequence has taken more pages than it reserved");
+        require(holder.kind == HolderKind::kSequence || holder.reserved == 0, "only sequences reserve pages");
+        reserved += holder.reserved;
     }
-    for (int32_t page : copy_sources_) ++counted[page];
-    size_t nodes = 0;
-    int32_t cached = 0;
-    std::vector<const Node*> stack{&root_};
-    while (!stack.empty()) {
-        const Node* node = stack.back();
-        stack.pop_back();
-        for (const auto& child : node->children) {
-            require(node == &root_ || static_cast<int32_t>(node->tokens.size()) == block_size_,
-                    "a partial page is a leaf");
-            require(in_tree_[child->page], "a node's page is marked as the tree's");
-            if (++counted[child->page] == 1) ++cached;
-            ++nodes;
-            stack.push_back(child.get());
-        }
+    require(reserved == reserved_, "reserved pages add up");
+    require(reserved_ <= static_cast<int64_t>(tree_.free_pages.size()), "reserved pages are free pages");
+    for (const HolderKind kind : {HolderKind::kSequence, HolderKind::kMark, HolderKind::kPin}) {
+        require(counted[static_cast<int>(kind)] == counts_[static_cast<int>(kind)], "holders are counted by kind");
     }
-    require(nodes == recency_.size(), "every node is in the recency list");
-    require(cached == cached_, "cached pages are those that only the tree holds");
-    for (int32_t page : free_) require(counted[page] == 0, "a free page has no holder");
-    int32_t unheld = 0;
-    for (int32_t page = 0; page < num_blocks_; ++page) {
-        require(counted[page] == holders_[page], "a page's count equals its holders");
-        unheld += counted[page] == 0;
-    }
-    require(unheld == static_cast<int32_t>(free_.size()), "free + cached + live = total");
+    require(counted[static_cast<int>(HolderKind::kCopy)] == static_cast<int64_t>(2 * copies_.size()),
+            "a pending copy holds its source and its target");
 }
 
-PrefixCache::Sequence& PrefixCache::find(int64_t handle) {
-    return const_cast<Sequence&>(static_cast<const PrefixCache*>(this)->find(handle));
+std::string PrefixCache::snapshot(bool graphviz) const {
+    const Lock lock(mutex_);
+    return graphviz ? tree_.dot() : tree_.dump();
 }
-
-const PrefixCache::Sequence& PrefixCache::find(int64_t handle) const {
-    const int64_t index = handle & 0xffffffff;
-    const uint32_t generation = static_cast<uint32_t>(handle >> 32);
-    if (handle < 0 || index >= static_cast<int64_t>(sequences_.size()) || !sequences_[index].live ||
-        sequences_[index].generation != generation) {
-        throw std::invalid_argument("no live sequence has the handle " + std::to_string(handle) +
-                                    ": it was released or never opened");
-    }
-    return sequences_[index];
-}
-
-int64_t PrefixCache::new_sequence() {
-    int32_t index;
-    if (free_sequences_.empty()) {
-        index = static_cast<int32_t>(sequences_.size());
-        sequences_.emplace_back();
-    } else {
-        index = free_sequences_.back();
-        free_sequences_.pop_back();
-    }
-    Sequence& sequence = sequences_[index];
-    sequence.live = true;
-    sequence.epoch = epoch_;
-    return (static_cast<int64_t>(sequence.generation & 0x7fffffff) << 32) | index;
-}
-
-int32_t PrefixCache::take_free_page() {
-    const int32_t page = free_.back();
-    free_.pop_back();
-    holders_[page] = 1;
-    return page;
-}
-
-void PrefixCache::hold(int32_t page) {
-    if (in_tree_[page] && holders_[page] == 1) --cached_;
-    ++holders_[page];
-}
-
-void PrefixCache::let_go(int32_t page) {
-    if (--holders_[page] == 0) {
-        free_.push_back(page);
-    } else if (holders_[page] == 1 && in_tree_[page]) {
-        ++cached_;
-    }
-}
-
-void PrefixCache::touch(Node* node) { recency_.splice(recency_.end(), recency_, node->recency); }
 
 }  // namespace gpo_fast

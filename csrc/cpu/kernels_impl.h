@@ -141,33 +141,50 @@ inline void pair_tile(const float* a, int64_t lda, const uint32_t* b, int64_t de
     }
 }
 
+inline void pair_rows(const float* a, int64_t lda, int64_t rows, const uint32_t* b, int64_t depth, float* c,
+                      int64_t ldc) {
+    switch (rows) {
+        case 6:
+            return pair_tile<6>(a, lda, b, depth, c, ldc);
+        case 5:
+            return pair_tile<5>(a, lda, b, depth, c, ldc);
+        case 4:
+            return pair_tile<4>(a, lda, b, depth, c, ldc);
+        case 3:
+            return pair_tile<3>(a, lda, b, depth, c, ldc);
+        case 2:
+            return pair_tile<2>(a, lda, b, depth, c, ldc);
+        case 1:
+            return pair_tile<1>(a, lda, b, depth, c, ldc);
+        default:
+            return;
+    }
+}
+
+// Few rows: the panel is widened as it is read. Many: a stretch of it is widened once into `wide` and stays in the
+// cache, in strips as wide as a tile.
 [[maybe_unused]] static void multiply_panel(const float* a, const uint16_t*, int64_t lda, int64_t rows,
                                             const void* panel, int64_t depth, float* c, int64_t ldc) {
-    for (int64_t j = 0; j < kPanelColumns; j += 2 * kWidth) {
-        const uint32_t* b = static_cast<const uint32_t*>(panel) + j;
-        int64_t i = 0;
-        for (; i + 6 <= rows; i += 6) pair_tile<6>(a + i * lda, lda, b, depth, c + i * ldc + j, ldc);
-        const float* rest = a + i * lda;
-        float* out = c + i * ldc + j;
-        switch (rows - i) {
-            case 5:
-                pair_tile<5>(rest, lda, b, depth, out, ldc);
-                break;
-            case 4:
-                pair_tile<4>(rest, lda, b, depth, out, ldc);
-                break;
-            case 3:
-                pair_tile<3>(rest, lda, b, depth, out, ldc);
-                break;
-            case 2:
-                pair_tile<2>(rest, lda, b, depth, out, ldc);
-                break;
-            case 1:
-                pair_tile<1>(rest, lda, b, depth, out, ldc);
-                break;
-            default:
-                break;
+    constexpr int64_t kStrip = 2 * kWidth, kStretch = 256, kFewRows = 6;
+    const uint32_t* pairs = static_cast<const uint32_t*>(panel);
+    if (rows <= kFewRows) {
+        for (int64_t j = 0; j < kPanelColumns; j += kStrip) pair_rows(a, lda, rows, pairs + j, depth, c + j, ldc);
+        return;
+    }
+    alignas(64) float wide[kStretch * kPanelColumns];
+    for (int64_t start = 0; start < depth; start += kStretch) {
+        const int64_t count = std::min(kStretch, depth - start);
+        for (int64_t k = 0; k < count; k += 2) {
+            const uint32_t* row = pairs + (start + k) / 2 * kPanelColumns;
+            for (int64_t j = 0; j < kPanelColumns; j += kWidth) {
+                float* to = wide + j / kStrip * kStrip * count + k * kStrip + j % kStrip;
+                const bits_t both = load_as<bits_t>(row + j);
+                store(to, (vec)(both << 16));
+                store(to + kStrip, (vec)(both & 0xffff0000u));
+            }
         }
+        for (int64_t j = 0; j < kPanelColumns; j += kStrip)
+            multiply_columns<2>(a + start, lda, rows, wide + j * count, kStrip, count, c + j, ldc, start > 0);
     }
 }
 

@@ -22,14 +22,7 @@ from gpo_fast._C import PrefixCache
 from gpo_fast.rollout.attention import NAME, KVPool, PagedBatch
 from gpo_fast.rollout.branch import Branch, Prefill
 from gpo_fast.rollout.packed import PackedDecoder
-from gpo_fast.rollout.segments import (
-    LEAST_SAVED_KEYS,
-    Segments,
-    SharedGroups,
-    concatenate,
-    decode_segments,
-    shared_groups,
-)
+from gpo_fast.rollout.segments import Segments, chunk_segment, concatenate, private_segments, shared_segments
 from gpo_fast.rollout.stream import RolloutStream
 from gpo_fast.rollout.types import Completion, Request
 
@@ -79,6 +72,7 @@ class RolloutEngine:
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.max_prefill_tokens = max_prefill_tokens
+        self.share_prefixes = share_prefixes
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = self._base.config.get_text_config()
         refuse_unsupported(config)
@@ -109,8 +103,6 @@ class RolloutEngine:
         )
         self._packed = self._pack(fast_forward)
         self._packed_epoch = 0
-        self._least_saved = LEAST_SAVED_KEYS if share_prefixes else 1 << 62
-        self._grouped: tuple[np.ndarray, SharedGroups] | None = None  # running sequences and their groups
         self._epoch = 0
         self._next_seed = seed
         self.end_tokens = _end_tokens(self._base, tokenizer)
@@ -262,21 +254,18 @@ class RolloutEngine:
     # -- the forward pass -----------------------------------------------------------------------------------
 
     def _segments(self, decoding: np.ndarray, lengths: np.ndarray, chunks: list[tuple[Prefill, int]]) -> Segments:
-        """What each row of the pass sees. The groups of the running branches are found anew when those change."""
+        """What each row of the pass sees."""
         parts = []
-        if len(decoding):
-            tables = self.cache.block_tables(decoding)
-            if self._grouped is None or not np.array_equal(self._grouped[0], decoding):
-                self._grouped = decoding, shared_groups(tables, lengths, self.block_size, self._least_saved)
-            groups = self._grouped[1]
-            parts = decode_segments(groups, tables, lengths, self.block_size)
-            self.counters["shared_reads_saved"] += groups.saved_keys
+        if len(decoding) and self.share_prefixes:
+            parts.append(shared_segments(self.cache.plan(decoding), lengths))
+            self.counters["shared_reads_saved"] += parts[0].saved_keys
+        elif len(decoding):
+            parts.append(private_segments(self.cache.block_tables(decoding), lengths, self.block_size))
         row = len(decoding)
         for entry, first in chunks:
-            rows = np.arange(row, row + entry.computed - first)
             pages = entry.pages[: -(-entry.computed // self.block_size)]
-            parts.append((pages, rows, np.arange(first + 1, entry.computed + 1)))
-            row += len(rows)
+            parts.append(chunk_segment(pages, row, first, entry.computed))
+            row += entry.computed - first
         return concatenate(parts)
 
     def _forward_modules(

@@ -1,8 +1,8 @@
 """Which keys each row of a step sees, with shared ones named once: the input of the attention kernels.
 
-A segment is a list of pages and the rows that see its first `visible` keys. A running sequence sees the groups that
-it is in (the prompt, the trajectory up to a cut, ...) and its private tail; a row of a prompt that is being prefilled
-sees the keys up to its own position.
+A segment is a list of pages and the rows that see its first `visible` keys. A running sequence sees the groups of the
+prefix cache's plan that it is in (the prompt, the trajectory up to a cut, ...) and its private tail; a row of a prompt
+that is being prefilled sees the keys up to its own position.
 """
 
 from __future__ import annotations
@@ -11,10 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-# A group is read once instead of once for each of its rows: (rows - 1) * tokens reads are saved, and each row's parts
-# must be merged. Below this many, sharing was measured to cost more than it saves.
-LEAST_SAVED_KEYS = 64
 
 
 @dataclass
@@ -27,85 +23,65 @@ class Segments:
     rows: np.ndarray
     visible: np.ndarray
 
-
-@dataclass
-class SharedGroups:
-    """Groups of sequences with equal leading pages, at all levels, and where each sequence's private tail starts."""
-
-    lengths: list[int]  # tokens of each group, whole pages
-    pages: list[np.ndarray]
-    rows: list[np.ndarray]
-    tail_starts: np.ndarray  # int64 [sequences], tokens
-
     @property
     def saved_keys(self) -> int:
-        """Keys that a step does not read because they are shared."""
-        return sum((len(rows) - 1) * length for rows, length in zip(self.rows, self.lengths))
+        """Keys that need not be read because a segment holds them for several rows."""
+        counts = np.diff(self.row_offsets)
+        starts = self.row_offsets[:-1][counts > 0]
+        return int(self.visible.sum() - np.maximum.reduceat(self.visible, starts).sum()) if len(starts) else 0
 
 
-def shared_groups(
-    tables: np.ndarray, lengths: np.ndarray, block_size: int, least_saved: int = LEAST_SAVED_KEYS
-) -> SharedGroups:
-    """Finds the groups in block tables [sequences, pages]; only whole pages are shared.
-
-    A run of pages that saves fewer than `least_saved` reads is left to the runs below it, and in the end to the
-    tails.
-    """
-    found = SharedGroups([], [], [], np.zeros(len(tables), dtype=np.int64))
-    whole = lengths // block_size  # pages that no one writes any more
-    order = np.lexsort(tables.T[::-1]) if len(tables) else np.zeros(0, dtype=np.int64)
-    work = [(order, 0)]  # rows that agree in their first pages, of which `taken` are in groups
-    while work:
-        rows, taken = work.pop()
-        if len(rows) < 2:
-            continue
-        common = int(whole[rows].min())
-        table = tables[rows, :common]
-        differ = np.flatnonzero((table != table[0]).any(axis=0))
-        stop = int(differ[0]) if len(differ) else common
-        tokens = (stop - taken) * block_size
-        if tokens and (len(rows) - 1) * tokens >= least_saved:
-            found.lengths.append(tokens)
-            found.pages.append(tables[rows[0], taken:stop])
-            found.rows.append(rows)
-            found.tail_starts[rows] = stop * block_size
-            taken = stop
-        longer = rows[whole[rows] > stop]
-        if len(longer) > 1:
-            heads = tables[longer, stop]
-            cuts = np.flatnonzero(heads[1:] != heads[:-1]) + 1
-            work += [(part, taken) for part in np.split(longer, cuts)]
-    return found
+def shared_segments(plan: Any, lengths: np.ndarray) -> Segments:
+    """The groups of a SharedPlan, each read once for all its rows, then the tails of its sequences."""
+    rows = np.arange(len(lengths), dtype=np.int32)
+    return Segments(
+        np.concatenate([plan.page_offsets, plan.tail_offsets[1:] + plan.page_offsets[-1]]),
+        np.concatenate([plan.pages, plan.tail_pages]),
+        np.concatenate([plan.row_offsets, rows + (plan.row_offsets[-1] + 1)]),
+        np.concatenate([plan.rows, rows]),
+        np.concatenate([np.repeat(plan.group_lengths, np.diff(plan.row_offsets)), lengths - plan.tail_starts]),
+    )
 
 
-def decode_segments(groups: SharedGroups, tables: np.ndarray, lengths: np.ndarray, block_size: int) -> list[Any]:
-    """(pages, rows, visible) of the groups and tails of running sequences; rows count the sequences."""
-    parts: list[Any] = [
-        (pages, rows, np.full(len(rows), length))
-        for pages, rows, length in zip(groups.pages, groups.rows, groups.lengths)
-    ]
-    first, last = groups.tail_starts // block_size, -(-lengths // block_size)
-    parts += [
-        (tables[i, a:b], [i], [seen])
-        for i, (a, b, seen) in enumerate(zip(first.tolist(), last.tolist(), (lengths - groups.tail_starts).tolist()))
-        if seen > 0
-    ]
-    return parts
+def private_segments(tables: np.ndarray, lengths: np.ndarray, block_size: int) -> Segments:
+    """One segment for each sequence, from block tables [sequences, pages]: nothing is read for several rows."""
+    counts = -(-lengths // block_size)
+    rows = np.arange(len(lengths) + 1)
+    return Segments(
+        np.concatenate([[0], np.cumsum(counts)]),
+        tables[np.arange(tables.shape[1]) < counts[:, None]],
+        rows,
+        rows[:-1],
+        lengths,
+    )
 
 
-def concatenate(parts: list[Any]) -> Segments:
-    """Segments from a list of (pages, rows, visible)."""
+def chunk_segment(pages: np.ndarray, first_row: int, first: int, stop: int) -> Segments:
+    """The tokens [first, stop) of one prompt: row i sees the keys up to its own position."""
+    count = stop - first
+    return Segments(
+        np.array([0, len(pages)]),
+        pages,
+        np.array([0, count]),
+        np.arange(first_row, first_row + count),
+        np.arange(first + 1, stop + 1),
+    )
 
-    def offsets(sizes: list[int]) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
 
-    def joined(arrays: list[Any]) -> np.ndarray:
-        return np.concatenate([np.zeros(0, dtype=np.int32), *arrays]).astype(np.int32)
+def concatenate(parts: list[Segments]) -> Segments:
+    """All segments of the parts, in order."""
+
+    def offsets(arrays: list[np.ndarray]) -> np.ndarray:
+        starts = np.cumsum([0, *(int(a[-1]) for a in arrays)])
+        return np.concatenate([[0], *(a[1:] + start for a, start in zip(arrays, starts))]).astype(np.int32)
+
+    def joined(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(arrays).astype(np.int32)
 
     return Segments(
-        offsets([len(p) for p, _, _ in parts]),
-        joined([p for p, _, _ in parts]),
-        offsets([len(r) for _, r, _ in parts]),
-        joined([r for _, r, _ in parts]),
-        joined([v for _, _, v in parts]),
+        offsets([p.page_offsets for p in parts]),
+        joined([p.pages for p in parts]),
+        offsets([p.row_offsets for p in parts]),
+        joined([p.rows for p in parts]),
+        joined([p.visible for p in parts]),
     )

@@ -7,7 +7,6 @@ import tiny
 import torch
 
 from gpo_fast import Request, RolloutEngine, SamplingParams
-from gpo_fast.rollout.attention import KVPool, PagedBatch, _attend_cpp, attend_gathered
 
 KINDS = ["llama", "qwen2", "qwen3", "mistral"]
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -136,32 +135,6 @@ def test_the_model_is_left_as_it_was() -> None:
     RolloutEngine(model, tiny.tokenizer()).generate([Request([4, 5], sampling=GREEDY)])
     assert model.training
     assert model.config._attn_implementation == "sdpa"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 32), (9, 3, 64), (8, 1, 20), (2, 2, 256)])
-def test_cpu_kernel_equals_float64(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
-    pool = KVPool(1, 12, 4, kv_heads, dim, dtype, torch.device("cpu"))
-    pool.keys.normal_()
-    pool.values.normal_()
-    query = torch.randn(6, heads, dim, dtype=dtype)
-    tables = torch.randint(0, 12, (6, 5), dtype=torch.int32)
-    lengths = torch.randint(1, 21, (6,), dtype=torch.int32)
-    batch = PagedBatch(pool, torch.empty(0, dtype=torch.int64), tables, lengths)
-    for softcap in (0.0, 5.0):
-        ours = _attend_cpp(query, pool.keys[0], pool.values[0], batch, 0.3, softcap).double()
-        gathered = attend_gathered(query, pool.keys[0], pool.values[0], batch, 0.3, softcap).double()
-        for row in range(6):
-            slots = (tables[row, :, None].long() * 4 + torch.arange(4)).flatten()[: lengths[row]]
-            for head in range(heads):
-                keys = pool.keys[0][slots, head * kv_heads // heads].double()
-                values = pool.values[0][slots, head * kv_heads // heads].double()
-                scores = keys @ query[row, head].double() * 0.3
-                scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-                truth = scores.softmax(0) @ values
-                bound = (1e-5 if dtype == torch.float32 else 2**-8) * (truth.norm() + values.abs().max())
-                assert (ours[row, head] - truth).norm() <= bound
-                assert (gathered[row, head] - truth).norm() <= bound
 
 
 def test_bad_requests_and_models_are_refused() -> None:

@@ -1,13 +1,13 @@
 """Attention over a paged KV pool, registered with transformers as "gpo_fast_paged".
 
 The model runs one packed row of tokens [1, N]; the attention function receives only the new keys and values, writes
-them to the pool and lets every token see the pages of its own sequence. The batch's metadata travels as a keyword
-argument of the forward pass.
+them to the pool and lets every token see the segments of pages that are its own. The batch's metadata travels as a
+keyword argument of the forward pass.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from gpo_fast import _C
+from gpo_fast.rollout.segments import Segments
 
 NAME = "gpo_fast_paged"
 
@@ -55,9 +56,37 @@ class PagedBatch:
 
     pool: KVPool
     slots: Tensor  # int64 [N]: where each new token's key and value go
-    tables: Tensor  # int32 [N, pages]: each token's sequence's pages
-    lengths: Tensor  # int32 [N]: keys that a token sees, itself included
+    segments: Segments  # what each token sees
     softcap: float = 0.0
+    plans: dict[tuple[int, float, float], Any] = field(default_factory=dict)  # one for all layers, usually
+
+    def plan(self, num_heads: int, scale: float, softcap: float) -> Any:
+        key = num_heads, scale, softcap
+        if key not in self.plans:
+            self.plans[key] = attention_plan(self.segments, len(self.slots), self.pool, num_heads, scale, softcap)
+        return self.plans[key]
+
+
+def attention_plan(
+    segments: Segments, num_rows: int, pool: KVPool, num_heads: int, scale: float, softcap: float = 0.0
+) -> Any:
+    """The C++ work list of a step's attention."""
+    kv_heads, head_dim = pool.keys.shape[-2:]
+    return _C.AttentionPlan(
+        page_offsets=segments.page_offsets,
+        pages=segments.pages,
+        row_offsets=segments.row_offsets,
+        rows=segments.rows,
+        visible=segments.visible,
+        num_rows=num_rows,
+        num_heads=num_heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=pool.block_size,
+        scale=scale,
+        softcap=softcap,
+        is_bfloat16=pool.keys.dtype == torch.bfloat16,
+    )
 
 
 def paged_attention_forward(
@@ -80,31 +109,22 @@ def paged_attention_forward(
     values.index_copy_(0, paged_batch.slots, value[0].transpose(0, 1).to(values.dtype))
     queries = query[0].transpose(0, 1).to(keys.dtype).contiguous()  # [N, heads, head size]
     scale = scaling if scaling is not None else queries.shape[-1] ** -0.5
-    attend = _attend_cpp if queries.device.type == "cpu" else attend_gathered
     softcap = kwargs.get("softcap") or paged_batch.softcap
-    return attend(queries, keys, values, paged_batch, scale, softcap)[None].to(query.dtype), None
+    if queries.device.type == "cpu":
+        output = attend_cpp(queries, keys, values, paged_batch.plan(queries.shape[1], scale, softcap))
+    else:
+        output = attend_gathered(queries, keys, values, paged_batch, scale, softcap)
+    return output[None].to(query.dtype), None
 
 
-def _attend_cpp(
-    queries: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scale: float, softcap: float
-) -> Tensor:
+def attend_cpp(queries: Tensor, keys: Tensor, values: Tensor, plan: Any) -> Tensor:
+    """[N, heads, head size] of queries, contiguous and of the pool's type."""
     output = torch.empty_like(queries)
-    _C.paged_attention(
+    plan.attend(
         queries.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
         output.data_ptr(),
-        batch.tables.data_ptr(),
-        batch.lengths.data_ptr(),
-        rows=queries.shape[0],
-        table_width=batch.tables.shape[1],
-        num_heads=queries.shape[1],
-        num_kv_heads=keys.shape[1],
-        head_dim=queries.shape[2],
-        block_size=batch.pool.block_size,
-        scale=scale,
-        softcap=softcap,
-        is_bfloat16=queries.dtype == torch.bfloat16,
         threads=torch.get_num_threads(),
     )
     return output
@@ -113,19 +133,33 @@ def _attend_cpp(
 def attend_gathered(
     queries: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scale: float, softcap: float
 ) -> Tensor:
-    """The same in plain torch: gathers each token's pages. For devices without a kernel, and for tests."""
-    width = int(batch.lengths.max())
-    position = torch.arange(width, device=queries.device)
-    pages = batch.tables[:, position // batch.pool.block_size].long()
-    slots = pages * batch.pool.block_size + position % batch.pool.block_size  # [N, width]
-    groups = queries.shape[1] // keys.shape[1]
-    seen_keys = keys[slots].repeat_interleave(groups, dim=2).float()  # [N, width, heads, head size]
-    seen_values = values[slots].repeat_interleave(groups, dim=2).float()
-    scores = torch.einsum("nhd,nwhd->nhw", queries.float() * scale, seen_keys)
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill((position >= batch.lengths[:, None])[:, None, :], -torch.inf)
-    return torch.einsum("nhw,nwhd->nhd", scores.softmax(dim=-1), seen_values).to(queries.dtype)
+    """The same in plain torch, one segment after the other. For devices without a kernel, and for tests."""
+    device, segments = queries.device, batch.segments
+    rows, heads = queries.shape[:2]
+    groups, block_size = heads // keys.shape[1], batch.pool.block_size
+    highest = torch.full((rows, heads), -torch.inf, device=device)
+    total = torch.zeros(rows, heads, device=device)
+    output = torch.zeros(queries.shape, device=device)
+    for s in range(len(segments.page_offsets) - 1):
+        a, b = segments.row_offsets[s], segments.row_offsets[s + 1]
+        pages = torch.from_numpy(segments.pages[segments.page_offsets[s] : segments.page_offsets[s + 1]]).long()
+        slots = (pages[:, None] * block_size + torch.arange(block_size)).flatten().to(device)
+        row = torch.from_numpy(segments.rows[a:b]).long().to(device)
+        seen = torch.from_numpy(segments.visible[a:b]).to(device)
+        scores = torch.einsum(
+            "nhd,whd->nhw", queries[row].float() * scale, keys[slots].repeat_interleave(groups, dim=1).float()
+        )
+        scores = softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
+        hidden = torch.arange(len(slots), device=device) >= seen[:, None]
+        scores = scores.masked_fill(hidden[:, None], -torch.inf)
+        new = torch.maximum(highest[row], scores.amax(-1))
+        weights = (scores - new[..., None]).exp().nan_to_num(0)
+        shrink = (highest[row] - new).exp().nan_to_num(0)
+        total[row] = total[row] * shrink + weights.sum(-1)
+        seen_values = values[slots].repeat_interleave(groups, dim=1).float()
+        output[row] = output[row] * shrink[..., None] + torch.einsum("nhw,whd->nhd", weights, seen_values)
+        highest[row] = new
+    return (output / total[..., None]).nan_to_num(0).to(queries.dtype)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -1,48 +1,32 @@
 """RolloutEngine: samples branches from an unmodified transformers causal LM with shared prefixes computed once.
 
-A step of the engine: admit (prefill what no one has computed yet), decode one token for every running branch,
-finish branches, repeat. KV pages are owned by `PrefixCache`; the model runs one packed row of tokens [1, N].
+The scheduler is `RolloutStream`. KV pages are owned by `PrefixCache`; the model runs one packed row of tokens [1, N],
+prefill and decode alike.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections import deque
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gpo_fast import _C
 from gpo_fast._C import PrefixCache
 from gpo_fast.rollout.attention import NAME, KVPool, PagedBatch
-from gpo_fast.rollout.sampler import sample, stream_key, uniforms
-from gpo_fast.rollout.types import Completion, FinishReason, Request, SamplingParams
+from gpo_fast.rollout.branch import Branch, Prefill
+from gpo_fast.rollout.packed import PackedDecoder
+from gpo_fast.rollout.segments import Segments, chunk_segment, concatenate, private_segments, shared_segments
+from gpo_fast.rollout.stream import RolloutStream
+from gpo_fast.rollout.types import Completion, Request
 
-STOP_WINDOW = 64  # tokens that are decoded to look for a stop string: no stop string is longer in tokens
-
-
-@dataclass
-class _Branch:
-    """One continuation on its way."""
-
-    request: int
-    index: int
-    prompt: list[int]
-    params: SamplingParams
-    key: int
-    sequence: int = -1  # handle in the prefix cache; -1: not running
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    sampling_logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    admitted: int = 0  # order of admission: the last one is preempted first
-
-    def all_tokens(self) -> list[int]:
-        return [*self.prompt, *self.tokens]
+log = logging.getLogger(__name__)
 
 
 class RolloutEngine:
@@ -57,6 +41,9 @@ class RolloutEngine:
         max_batch_size: sequences that decode together.
         max_prefill_tokens: prompt tokens in one forward pass.
         seed: first of the seeds that requests without one get.
+        share_prefixes: read the keys that branches share once for all of them; False reads them for each.
+        fast_forward: on a CPU, run known architectures (Llama, Qwen2, Qwen3, Mistral) in C++ on a packed copy of
+            the weights; False runs the model's own modules. The log says which runs.
 
     Raises:
         ValueError: a model whose attention is not full (sliding window, latent, linear, chunked), or KV memory that
@@ -73,6 +60,8 @@ class RolloutEngine:
         max_batch_size: int = 64,
         max_prefill_tokens: int = 2048,
         seed: int = 0,
+        share_prefixes: bool = True,
+        fast_forward: bool = True,
     ) -> None:
         if max_batch_size < 1 or max_prefill_tokens < 1:
             raise ValueError(
@@ -83,6 +72,7 @@ class RolloutEngine:
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.max_prefill_tokens = max_prefill_tokens
+        self.share_prefixes = share_prefixes
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = self._base.config.get_text_config()
         refuse_unsupported(config)
@@ -111,13 +101,44 @@ class RolloutEngine:
         self.pool = KVPool(
             config.num_hidden_layers, self.num_blocks, block_size, kv_heads, head_dim, dtype, weight.device
         )
+        self._packed = self._pack(fast_forward)
+        self._packed_epoch = 0
         self._epoch = 0
         self._next_seed = seed
-        self._eos = _end_tokens(self._base, tokenizer)
-        self._counters = dict.fromkeys(("prefill_tokens", "decode_tokens", "shared_tokens", "preemptions", "steps"), 0)
-        self._seconds = dict.fromkeys(("prefill", "decode", "sample", "schedule"), 0.0)
+        self.end_tokens = _end_tokens(self._base, tokenizer)
+        self._stream: weakref.ref[RolloutStream] | None = None
+        self.counters = dict.fromkeys(
+            (
+                "steps",
+                "prefill_tokens",
+                "decode_tokens",
+                "shared_tokens",
+                "shared_reads_saved",
+                "preemptions",
+                "cancelled",
+            ),
+            0,
+        )
+        self.seconds = dict.fromkeys(("schedule", "forward", "sample"), 0.0)
 
     # -- the public face ------------------------------------------------------------------------------------
+
+    def stream(self, requests: Sequence[Request] = ()) -> RolloutStream:
+        """Starts sampling; iterate over the stream for completions in the order in which they finish.
+
+        Requests may be added and branches cancelled while it runs. An engine runs one stream at a time.
+
+        Raises:
+            ValueError: a request that does not fit the model's context or the KV memory.
+            RuntimeError: another stream of this engine has not ended.
+        """
+        if self._stream is not None and self._stream() is not None:
+            raise RuntimeError(
+                "a stream of this engine is still open: exhaust it or close it before another generate() or stream()"
+            )
+        stream = RolloutStream(self, requests)
+        self._stream = weakref.ref(stream)
+        return stream
 
     def generate(
         self, requests: Sequence[Request], *, progress: Callable[[int, int], None] | None = None
@@ -125,243 +146,158 @@ class RolloutEngine:
         """All branches of all requests, in the order of requests, then branches.
 
         Args:
-            progress: called with (finished branches, all branches) whenever some finish.
+            progress: called with (finished branches, all branches) whenever one finishes.
 
         Raises:
             ValueError: a request that does not fit the model's context or the KV memory.
+            RuntimeError: a stream of this engine has not ended.
         """
-        branches = self._branches(requests)
-        # Neighbours share prefixes, the longest of them first.
-        waiting = deque(sorted(branches, key=lambda b: b.prompt, reverse=True))
-        running: list[_Branch] = []
-        finished = 0
-        try:
-            with self._inference():
-                while waiting or running:
-                    self._admit(waiting, running)
-                    running = self._retire(running)
-                    if running:
-                        self._make_room(waiting, running)
-                        self._decode(running)
-                        running = self._retire(running)
-                    done = len(branches) - len(waiting) - len(running)
-                    if progress is not None and done > finished:
-                        progress(done, len(branches))
-                    finished = done
-        finally:
-            live = [b.sequence for b in branches if b.sequence >= 0]
-            self.cache.release(live)
-        return [
-            Completion(
-                b.request, b.index, b.prompt, b.tokens, b.logprobs, b.sampling_logprobs, b.finish_reason or "length"
-            )
-            for b in branches
-        ]
+        done = []
+        with self.stream(requests) as stream:
+            for completion in stream:
+                done.append(completion)
+                if progress is not None:
+                    progress(len(done), stream.num_branches)
+        return sorted(done, key=lambda c: (c.request_index, c.branch_index))
 
     def update_weights(self) -> None:
-        """Begins a new epoch: no key or value computed before can be matched from now on."""
+        """Begins a new epoch: no key or value computed before can be matched from now on.
+
+        Raises:
+            RuntimeError: a stream is open, whose branches would continue old keys with new weights.
+        """
+        if self._stream is not None and self._stream() is not None:
+            raise RuntimeError("weights changed under an open stream: exhaust it or close it first")
         self._epoch += 1
         self.cache.begin_epoch(self._epoch)
 
     def stats(self) -> dict[str, Any]:
         """Counters and seconds by phase since the engine was made, and the prefix cache's state."""
-        return {**self._counters, "seconds": dict(self._seconds), "cache": self.cache.stats()}
+        return {**self.counters, "seconds": dict(self.seconds), "cache": self.cache.stats()}
 
-    # -- scheduling -----------------------------------------------------------------------------------------
+    # -- what a stream needs --------------------------------------------------------------------------------
 
-    def _branches(self, requests: Sequence[Request]) -> list[_Branch]:
-        branches = []
-        for number, request in enumerate(requests):
-            prompt, params = [int(t) for t in request.token_ids], request.sampling
-            needed = len(prompt) + params.max_tokens
-            if needed > self.max_length:
-                raise ValueError(
-                    f"request {number} needs {len(prompt)} prompt tokens + {params.max_tokens} new ones, but the "
-                    f"model's context is {self.max_length} tokens: shorten the prompt or max_tokens"
-                )
-            pages = -(-needed // self.block_size) + 1  # one more for a copy-on-write of a shared tail
-            if pages > self.num_blocks:
-                raise ValueError(
-                    f"the KV memory holds {self.num_blocks} pages of {self.block_size} tokens, but request {number} "
-                    f"alone may need {pages}: give kv_cache_memory at least {pages * self.block_bytes} bytes"
-                )
-            seed = request.seed
-            if seed is None:
-                seed, self._next_seed = self._next_seed, self._next_seed + 1
-            branches += [_Branch(number, i, prompt, params, stream_key(seed, i)) for i in range(request.n)]
-        return branches
+    def check_fits(self, number: int, request: Request) -> None:
+        """Raises ValueError unless request `number` fits the model's context and the KV memory."""
+        length, new = len(request.token_ids), request.sampling.max_tokens
+        if length + new > self.max_length:
+            raise ValueError(
+                f"request {number} needs {length} prompt tokens + {new} new ones, but the "
+                f"model's context is {self.max_length} tokens: shorten the prompt or max_tokens"
+            )
+        pages = -(-(length + new) // self.block_size) + 1  # one more for a copy-on-write of a shared tail
+        if pages > self.num_blocks:
+            raise ValueError(
+                f"the KV memory holds {self.num_blocks} pages of {self.block_size} tokens, but request {number} "
+                f"alone may need {pages}: give kv_cache_memory at least {pages * self.block_bytes} bytes"
+            )
 
-    def _admit(self, waiting: deque[_Branch], running: list[_Branch]) -> None:
-        """Moves branches from waiting to running: computes what is missing of their tokens, samples the next one.
+    def next_seed(self) -> int:
+        """A seed for a request that has none."""
+        self._next_seed += 1
+        return self._next_seed - 1
 
-        Branches of equal tokens are forks of one sequence. A branch that shares a prefix with one of the same
-        batch which the cache does not hold yet waits for the next batch, and finds it there: with the longest
-        first, one trajectory is computed once for all its cut points.
-        """
-        while waiting and len(running) < self.max_batch_size:
-            start = time.perf_counter()
-            batch: list[tuple[list[_Branch], list[int], int]] = []  # branches of equal tokens, tokens, cached
-            budget, room = self.max_prefill_tokens, self.max_batch_size - len(running)
-            deferred: list[_Branch] = []
-            while waiting and budget > 0 and room > 0:
-                tokens = waiting[0].all_tokens()
-                if batch and self._gains_by_waiting(batch[-1], tokens):
-                    deferred.append(waiting.popleft())
-                    continue
-                sequence, hit = self.cache.open(np.asarray(tokens, dtype=np.int32))
-                missing = len(tokens) - hit
-                if not self.cache.reserve([sequence], missing):
-                    self.cache.release([sequence])
-                    break
-                self.cache.append([sequence], np.asarray(tokens[hit:], dtype=np.int32), [missing])
-                group = [waiting.popleft()]
-                while waiting and len(group) < room and waiting[0].all_tokens() == tokens:
-                    group.append(waiting.popleft())
-                group[0].sequence = sequence
-                forks = self.cache.fork(sequence, len(tokens), len(group) - 1)
-                for branch, fork in zip(group[1:], forks):
-                    branch.sequence = int(fork)
-                batch.append((group, tokens, hit))
-                budget -= missing
-                room -= len(group)
-                self._counters["shared_tokens"] += hit + (len(group) - 1) * len(tokens)
-            waiting.extendleft(reversed(deferred))
-            self._seconds["schedule"] += time.perf_counter() - start
-            if not batch:
-                if not running:
-                    raise RuntimeError("no branch can be admitted though none is running")
-                return
-            logits = self._prefill(batch)
-            copies = torch.tensor([i for i, (group, _, _) in enumerate(batch) for _ in group], device=logits.device)
-            admitted = [branch for group, _, _ in batch for branch in group]
-            for branch in admitted:
-                branch.admitted = self._counters["steps"]
-            self._counters["steps"] += 1
-            self._sample(admitted, logits[copies] if len(copies) > len(batch) else logits)
-            running += admitted
-
-    def _gains_by_waiting(self, entry: tuple[list[_Branch], list[int], int], tokens: list[int]) -> bool:
-        """Whether an entry of the batch is about to compute a page or more of these tokens."""
-        _, computed, hit = entry
-        return _common_prefix(computed, tokens) >= hit + self.block_size
-
-    def _make_room(self, waiting: deque[_Branch], running: list[_Branch]) -> None:
-        """Preempts the branches admitted last until each of the others has room for one more token."""
-        while not self.cache.reserve([b.sequence for b in running], 1):
-            victim = max(running, key=lambda b: (b.admitted, b.request, b.index))
-            if len(running) == 1:
-                raise RuntimeError("one running branch does not fit the KV memory though it was checked to fit")
-            running.remove(victim)
-            self.cache.release([victim.sequence])
-            victim.sequence = -1
-            waiting.appendleft(victim)  # its tokens stay; they are prefilled again
-            self._counters["preemptions"] += 1
-
-    def _retire(self, running: list[_Branch]) -> list[_Branch]:
-        done = [b for b in running if b.finish_reason is not None]
-        if not done:
-            return running
-        for branch in done:
-            self.cache.commit(branch.sequence)  # a search of this trajectory finds its keys and values
-        self.cache.release([b.sequence for b in done])
-        for branch in done:
-            branch.sequence = -1
-        return [b for b in running if b.finish_reason is None]
-
-    # -- the forward passes ---------------------------------------------------------------------------------
-
-    def _prefill(self, batch: list[tuple[list[_Branch], list[int], int]]) -> Tensor:
-        """Computes the missing tokens of each entry; returns the logits after its last token, [entries, vocabulary]."""
-        start = time.perf_counter()
-        sequences = [group[0].sequence for group, _, _ in batch]
-        rows = [np.arange(hit, len(tokens)) for _, tokens, hit in batch]  # positions to compute
-        counts = np.array([len(r) for r in rows])
-        owner = np.repeat(np.arange(len(batch)), counts)
-        positions = np.concatenate(rows)
-        tables = self.cache.block_tables(sequences)[owner]
-        tokens = np.concatenate([np.asarray(t[h:], dtype=np.int64) for _, t, h in batch])
-        hidden = self._forward(tokens, positions, tables)
-        for sequence in sequences:
-            self.cache.commit(sequence)
-        logits = self._logits(hidden[torch.from_numpy(np.cumsum(counts) - 1).to(hidden.device)])
-        self._counters["prefill_tokens"] += len(tokens)
-        self._seconds["prefill"] += time.perf_counter() - start
-        return logits
-
-    def _decode(self, running: list[_Branch]) -> None:
-        """One more token for every running branch; room for it has been reserved."""
-        start = time.perf_counter()
-        sequences = np.array([b.sequence for b in running], dtype=np.int64)
-        tokens = np.array([b.tokens[-1] for b in running], dtype=np.int32)
-        self.cache.append(sequences, tokens, 1)
-        positions = np.array([len(b.prompt) + len(b.tokens) - 1 for b in running])
-        logits = self._logits(self._forward(tokens.astype(np.int64), positions, self.cache.block_tables(sequences)))
-        self._counters["decode_tokens"] += len(running)
-        self._counters["steps"] += 1
-        self._seconds["decode"] += time.perf_counter() - start
-        self._sample(running, logits)
-
-    def _forward(self, tokens: np.ndarray, positions: np.ndarray, tables: np.ndarray) -> Tensor:
-        """Hidden states [N, H] of N tokens at `positions` of sequences with the pages `tables` [N, pages]."""
-        device = self.pool.keys.device
-        self.pool.copy(*self.cache.take_copies())
-        self.cache.acknowledge_copies()
-        slots = tables[np.arange(len(tokens)), positions // self.block_size].astype(np.int64) * self.block_size
-        batch = PagedBatch(
-            self.pool,
-            torch.from_numpy(slots + positions % self.block_size).to(device),
-            torch.from_numpy(np.ascontiguousarray(tables)).to(device),
-            torch.from_numpy((positions + 1).astype(np.int32)).to(device),
-            self._softcap,
-        )
-        output = self._base.get_decoder()(
-            input_ids=torch.from_numpy(tokens)[None].to(device),
-            position_ids=torch.from_numpy(positions)[None].to(device),
-            use_cache=False,
-            paged_batch=batch,
-        )
-        return output.last_hidden_state[0]
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self._base.get_output_embeddings()(hidden).float()
-        return self._logit_softcap * torch.tanh(logits / self._logit_softcap) if self._logit_softcap else logits
-
-    def _sample(self, branches: list[_Branch], logits: Tensor) -> None:
-        start = time.perf_counter()
-        keys = np.array([b.key for b in branches], dtype=np.uint64)
-        drawn_before = np.array([len(b.tokens) for b in branches], dtype=np.uint64)
-        params = [b.params for b in branches]
-        tokens, logprobs, sampling = sample(logits, params, uniforms(keys, drawn_before))
-        for branch, token, logprob, drawn in zip(branches, tokens.tolist(), logprobs.tolist(), sampling.tolist()):
-            branch.tokens.append(token)
-            branch.logprobs.append(logprob)
-            branch.sampling_logprobs.append(drawn)
-            branch.finish_reason = self._finish_reason(branch)
-        self._seconds["sample"] += time.perf_counter() - start
-
-    def _finish_reason(self, branch: _Branch) -> FinishReason | None:
-        params, token = branch.params, branch.tokens[-1]
-        if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
-            return "stop"
-        if params.stop:
-            tail = self.tokenizer.decode(branch.tokens[-STOP_WINDOW:])
-            if any(stop in tail for stop in params.stop):
-                return "stop"
-        return "length" if len(branch.tokens) >= params.max_tokens else None
+    def stream_ended(self, stream: RolloutStream) -> None:
+        if self._stream is not None and self._stream() in (stream, None):
+            self._stream = None
 
     @contextmanager
-    def _inference(self) -> Iterator[None]:
+    def inference(self) -> Iterator[None]:
         """The model in evaluation mode with paged attention; left as it was found."""
         config = self._base.config
         was_training, implementation = self.model.training, config._attn_implementation
-        self.model.eval()
+        if was_training:
+            self.model.eval()
         config._attn_implementation = NAME
         try:
             with torch.no_grad():
                 yield
         finally:
             config._attn_implementation = implementation
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
+
+    def forward(self, running: list[Branch], chunks: list[tuple[Prefill, int]]) -> Tensor:
+        """One pass over the last token of each running branch and `tokens[first:computed]` of each (entry, first).
+
+        Room for the running branches' tokens has been reserved. Returns the logits [rows, vocabulary] of the
+        running branches, then of the entries that this pass completes.
+        """
+        start = time.perf_counter()
+        decoding = np.array([b.sequence for b in running], dtype=np.int64)
+        last = np.array([b.tokens[-1] for b in running], dtype=np.int32)
+        counts = np.array([1] * len(running) + [e.computed - first for e, first in chunks])
+        slots = self.cache.append(decoding, last, 1)
+        at = np.array([len(b.prompt) + len(b.tokens) - 1 for b in running], dtype=np.int64)
+        tokens = np.concatenate([last, *(e.tokens[first : e.computed] for e, first in chunks)]).astype(np.int64)
+        slots = np.concatenate([slots, *(e.slots[first - e.hit : e.computed - e.hit] for e, first in chunks)])
+        positions = np.concatenate([at, *(np.arange(first, e.computed) for e, first in chunks)])
+        complete = np.array([True] * len(running) + [e.missing == 0 for e, _ in chunks])
+        selected = (np.cumsum(counts) - 1)[complete].astype(np.int32)
+        segments = self._segments(decoding, at + 1, chunks)
+        self.pool.copy(*self.cache.take_copies())
+        self.cache.acknowledge_copies()
+        self.seconds["schedule"] += time.perf_counter() - start
+        start = time.perf_counter()
+        if self._packed is not None:
+            if self._packed_epoch != self._epoch:
+                self._packed.repack()
+                self._packed_epoch = self._epoch
+            logits = self._packed.forward(tokens, positions, slots.astype(np.int64), segments, selected)
+        else:
+            logits = self._forward_modules(tokens, positions, slots, segments, selected)
+        self.counters["decode_tokens"] += len(running)
+        self.counters["prefill_tokens"] += len(tokens) - len(running)
+        self.seconds["forward"] += time.perf_counter() - start
+        return logits
+
+    # -- the forward pass -----------------------------------------------------------------------------------
+
+    def _segments(self, decoding: np.ndarray, lengths: np.ndarray, chunks: list[tuple[Prefill, int]]) -> Segments:
+        """What each row of the pass sees."""
+        parts = []
+        if len(decoding) and self.share_prefixes:
+            parts.append(shared_segments(self.cache.plan(decoding), lengths))
+            self.counters["shared_reads_saved"] += parts[0].saved_keys
+        elif len(decoding):
+            parts.append(private_segments(self.cache.block_tables(decoding), lengths, self.block_size))
+        row = len(decoding)
+        for entry, first in chunks:
+            pages = entry.pages[: -(-entry.computed // self.block_size)]
+            parts.append(chunk_segment(pages, row, first, entry.computed))
+            row += entry.computed - first
+        return concatenate(parts)
+
+    def _forward_modules(
+        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, segments: Segments, selected: np.ndarray
+    ) -> Tensor:
+        """The model's own modules with paged attention: any causal LM, any device."""
+        device = self.pool.keys.device
+        batch = PagedBatch(self.pool, torch.from_numpy(slots).long().to(device), segments, self._softcap)
+        output = self._base.get_decoder()(
+            input_ids=torch.from_numpy(tokens)[None].to(device),
+            position_ids=torch.from_numpy(positions)[None].to(device),
+            use_cache=False,
+            paged_batch=batch,
+        )
+        return self._logits(output.last_hidden_state[0, torch.from_numpy(selected).long().to(device)])
+
+    def _pack(self, wanted: bool) -> PackedDecoder | None:
+        reason = "" if wanted else "fast_forward is off"
+        if wanted:
+            try:
+                packed = PackedDecoder(self._base, self.pool)
+            except ValueError as error:
+                reason = f"{error} has no fast forward pass"
+            else:
+                log.info("rollouts run the packed C++ forward pass with %s kernels", _C.cpu_kernels())
+                return packed
+        log.info("rollouts run the model's own modules: %s", reason)
+        return None
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self._base.get_output_embeddings()(hidden).float()
+        return self._logit_softcap * torch.tanh(logits / self._logit_softcap) if self._logit_softcap else logits
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -399,10 +335,3 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(
         int(t) for t in [*ends, tokenizer.eos_token_id if tokenizer is not None else None] if t is not None
     )
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for n, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return n
-    return min(len(a), len(b))

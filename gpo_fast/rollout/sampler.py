@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpo_fast import _C
 from gpo_fast.rollout.types import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -49,6 +50,31 @@ def sample(
         tokens (int64), their logprobs under temperature 1 without filters, and their logprobs under the
         distribution that was sampled from (0 for greedy rows); each of shape (rows,).
     """
+    if logits.device.type == "cpu":
+        return _sample_cpp(logits, params, uniform)
+    return sample_torch(logits, params, uniform)
+
+
+def _sample_cpp(
+    logits: Tensor, params: Sequence[SamplingParams], uniform: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    logits = logits.float().contiguous()
+    return _C.sample(
+        logits.data_ptr(),
+        vocabulary=logits.shape[-1],
+        temperature=np.array([p.temperature for p in params], dtype=np.float32),
+        top_k=np.array([p.top_k for p in params], dtype=np.int32),
+        top_p=np.array([p.top_p for p in params], dtype=np.float32),
+        min_p=np.array([p.min_p for p in params], dtype=np.float32),
+        uniform=uniform,
+        threads=torch.get_num_threads(),
+    )
+
+
+def sample_torch(
+    logits: Tensor, params: Sequence[SamplingParams], uniform: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same in torch: for devices without a kernel, and the reference of the tests."""
     logits = logits.float()
     rows = len(params)
     normaliser = torch.logsumexp(logits, dim=-1)

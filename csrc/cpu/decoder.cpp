@@ -1,0 +1,181 @@
+#include "cpu/decoder.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cpu/thread_pool.h"
+
+namespace gpo_fast::cpu {
+
+namespace {
+
+constexpr int64_t kMostRows = 96;  // rows of a task: their left operand stays in the second cache
+constexpr int64_t kTileRows = 6;   // what the kernels take together
+
+int64_t num_panels(int64_t outputs) { return (outputs + kPanelColumns - 1) / kPanelColumns; }
+
+// Half of a small batch, so that two threads have equal work whatever the number of panels.
+int64_t rows_of_a_task(int64_t rows) {
+    if (rows <= 2 * kTileRows) return rows;
+    const int64_t half = (rows + 1) / 2;
+    return std::min(kMostRows, (half + kTileRows - 1) / kTileRows * kTileRows);
+}
+
+}  // namespace
+
+void Decoder::Rows::shape(int64_t rows, int64_t row_width, bool with_narrow) {
+    width = row_width;
+    values.resize(rows * row_width);
+    narrow.resize(with_narrow ? rows * row_width : 0);
+}
+
+void Decoder::Rows::publish(int64_t i, int64_t first, int64_t count) {
+    if (!narrow.empty()) kernels().narrow(row(i) + first, count, narrow.data() + i * width + first);
+}
+
+// out [rows, 64]: rows of the left operand times one panel.
+void Decoder::tile(const PackedLinear& linear, Rows& left, int64_t panel, int64_t row, int64_t rows, float* out) const {
+    const int64_t depth = linear.inputs, elements = panel * depth * kPanelColumns;
+    if (is_bfloat16_) {
+        kernels().multiply_panel(left.row(row), left.narrow.empty() ? nullptr : left.narrow.data() + row * left.width,
+                                 left.width, rows, static_cast<const uint16_t*>(linear.panels) + elements, depth, out,
+                                 kPanelColumns);
+    } else {
+        kernels().multiply(left.row(row), left.width, rows, static_cast<const float*>(linear.panels) + elements,
+                           kPanelColumns, depth, kPanelColumns, out, kPanelColumns, false);
+    }
+    if (!linear.bias) return;
+    const int64_t first = panel * kPanelColumns, count = std::min<int64_t>(kPanelColumns, linear.outputs - first);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < count; ++j) out[i * kPanelColumns + j] += linear.bias[first + j];
+}
+
+void Decoder::norm_row(const float* x, const float* weight, int64_t row) {
+    kernels().rms_norm(x, weight, width_, epsilon_, is_bfloat16_, normed_.row(row));
+    normed_.publish(row, 0, width_);
+}
+
+// From the row's q, k, v: norms and rotary positions, scaled queries, keys and values into the pool.
+void Decoder::project_heads(const DecoderLayer& layer, const DecoderBatch& batch, const AttentionShape& shape,
+                            int64_t padded, int64_t row) {
+    const int64_t dim = shape.head_dim, heads = shape.num_heads, kv_heads = shape.num_kv_heads;
+    float* q = qkv_.data() + row * layer.qkv.outputs;
+    float* k = q + heads * dim;
+    const float* v = k + kv_heads * dim;
+    if (is_bfloat16_) kernels().round_values(q, layer.qkv.outputs);
+    for (int64_t h = 0; h < heads + kv_heads; ++h) {
+        float* head = q + h * dim;
+        const float* norm = h < heads ? layer.query_norm : layer.key_norm;
+        if (norm) kernels().rms_norm(head, norm, dim, epsilon_, is_bfloat16_, head);
+        kernels().rotate(head, batch.cos + row * dim, batch.sin + row * dim, dim, is_bfloat16_);
+    }
+    float* scaled = queries_.data() + row * heads * padded;
+    for (int64_t h = 0; h < heads; ++h)
+        for (int64_t d = 0; d < dim; ++d) scaled[h * padded + d] = q[h * dim + d] * shape.scale;
+    const int64_t count = kv_heads * dim, slot = batch.slots[row] * count;
+    if (is_bfloat16_) {
+        kernels().narrow(k, count, static_cast<uint16_t*>(layer.keys) + slot);
+        kernels().narrow(v, count, static_cast<uint16_t*>(layer.values) + slot);
+    } else {
+        std::memcpy(static_cast<float*>(layer.keys) + slot, k, count * sizeof(float));
+        std::memcpy(static_cast<float*>(layer.values) + slot, v, count * sizeof(float));
+    }
+}
+
+void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int threads) {
+    const AttentionShape& shape = plan.shape();
+    const bool narrow = is_bfloat16_ && kernels().needs_narrow;
+    const int64_t rows = batch.rows, heads_width = static_cast<int64_t>(shape.num_heads) * shape.head_dim;
+    const int64_t padded = plan.padded();
+    const int64_t qkv_width = layers_[0].qkv.outputs, inner = layers_[0].gate.outputs;
+    normed_.shape(std::max(rows, batch.num_selected), width_, narrow);
+    attended_.shape(rows, heads_width, narrow);
+    activated_.shape(rows, inner, narrow);
+    qkv_.resize(rows * qkv_width);
+    queries_.assign(rows * shape.num_heads * padded, 0.0f);
+
+    Barrier barrier(threads);
+    Tasks tasks[2];  // of this phase and of the next
+    run_parallel(threads, [&](int thread) {
+        std::vector<float> first(kMostRows * kPanelColumns), second(kMostRows * kPanelColumns);
+        int phase = 0;
+        // All of `count` tasks, then wait for the other threads.
+        const auto each = [&](int64_t count, const auto& work) {
+            int64_t task;
+            while (tasks[phase % 2].take(count, task)) work(task);
+            if (thread == 0) tasks[(phase + 1) % 2].reset();
+            barrier.wait();
+            ++phase;
+        };
+        // out(row, rows, panel) for every block of rows and every panel.
+        const auto each_tile = [&](int64_t num_rows, int64_t panels, const auto& work) {
+            const int64_t block = rows_of_a_task(num_rows), blocks = (num_rows + block - 1) / block;
+            each(panels * blocks, [&](int64_t task) {
+                const int64_t row = task % blocks * block;
+                work(row, std::min(block, num_rows - row), task / blocks);
+            });
+        };
+        // x += left W, the product rounded first.
+        const auto add_product = [&](const PackedLinear& linear, Rows& left) {
+            each_tile(rows, num_panels(linear.outputs), [&](int64_t row, int64_t count, int64_t panel) {
+                tile(linear, left, panel, row, count, first.data());
+                const int64_t column = panel * kPanelColumns;
+                const int64_t columns = std::min<int64_t>(kPanelColumns, linear.outputs - column);
+                if (is_bfloat16_) kernels().round_values(first.data(), count * kPanelColumns);
+                for (int64_t i = 0; i < count; ++i)
+                    kernels().add(batch.x + (row + i) * width_ + column, first.data() + i * kPanelColumns, columns,
+                                  is_bfloat16_);
+            });
+        };
+        for (const DecoderLayer& layer : layers_) {
+            each(rows, [&](int64_t row) { norm_row(batch.x + row * width_, layer.input_norm, row); });
+            each_tile(rows, num_panels(qkv_width), [&](int64_t row, int64_t count, int64_t panel) {
+                tile(layer.qkv, normed_, panel, row, count, first.data());
+                const int64_t column = panel * kPanelColumns;
+                const int64_t columns = std::min<int64_t>(kPanelColumns, qkv_width - column);
+                for (int64_t i = 0; i < count; ++i)
+                    std::memcpy(qkv_.data() + (row + i) * qkv_width + column, first.data() + i * kPanelColumns,
+                                columns * sizeof(float));
+            });
+            each(rows, [&](int64_t row) { project_heads(layer, batch, shape, padded, row); });
+            each(plan.num_pieces(),
+                 [&](int64_t piece) { plan.attend(piece, queries_.data(), layer.keys, layer.values); });
+            each(rows, [&](int64_t row) {
+                plan.merge(row, attended_.row(row));
+                if (is_bfloat16_) kernels().round_values(attended_.row(row), heads_width);
+                attended_.publish(row, 0, heads_width);
+            });
+            add_product(layer.output, attended_);
+            each(rows, [&](int64_t row) { norm_row(batch.x + row * width_, layer.attention_norm, row); });
+            each_tile(rows, num_panels(inner), [&](int64_t row, int64_t count, int64_t panel) {
+                tile(layer.gate, normed_, panel, row, count, first.data());
+                tile(layer.up, normed_, panel, row, count, second.data());
+                if (is_bfloat16_) {
+                    kernels().round_values(first.data(), count * kPanelColumns);
+                    kernels().round_values(second.data(), count * kPanelColumns);
+                }
+                const int64_t column = panel * kPanelColumns;
+                const int64_t columns = std::min<int64_t>(kPanelColumns, inner - column);
+                for (int64_t i = 0; i < count; ++i) {
+                    kernels().silu_times(first.data() + i * kPanelColumns, second.data() + i * kPanelColumns, columns,
+                                         is_bfloat16_, activated_.row(row + i) + column);
+                    activated_.publish(row + i, column, columns);
+                }
+            });
+            add_product(layer.down, activated_);
+        }
+        if (batch.num_selected == 0) return;
+        each(batch.num_selected, [&](int64_t i) { norm_row(batch.x + batch.selected[i] * width_, final_norm_, i); });
+        each_tile(batch.num_selected, num_panels(head_.outputs), [&](int64_t row, int64_t count, int64_t panel) {
+            tile(head_, normed_, panel, row, count, first.data());
+            const int64_t column = panel * kPanelColumns;
+            const int64_t columns = std::min<int64_t>(kPanelColumns, head_.outputs - column);
+            for (int64_t i = 0; i < count; ++i)
+                std::memcpy(batch.logits + (row + i) * head_.outputs + column, first.data() + i * kPanelColumns,
+                            columns * sizeof(float));
+        });
+    });
+}
+
+}  // namespace gpo_fast::cpu

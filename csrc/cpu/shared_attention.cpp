@@ -1,0 +1,152 @@
+#include "cpu/shared_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu/kernels.h"
+#include "cpu/thread_pool.h"
+
+namespace gpo_fast::cpu {
+
+namespace {
+
+constexpr int64_t kQueryRows = 96;   // queries of a piece: their scores and sums stay in the second cache
+constexpr int64_t kKeyRange = 512;   // keys of a piece where a segment has few rows
+constexpr int64_t kUncutRows = 256;  // a segment of more rows makes enough pieces without cutting its keys
+
+}  // namespace
+
+AttentionPlan::AttentionPlan(const Segments& segments, int64_t num_rows, const AttentionShape& shape)
+    : shape_(shape),
+      num_rows_(num_rows),
+      heads_(shape.num_heads / shape.num_kv_heads),
+      padded_((shape.head_dim + 15) / 16 * 16),
+      pages_(segments.pages, segments.pages + segments.page_offsets[segments.count]),
+      rows_(segments.rows, segments.rows + segments.row_offsets[segments.count]),
+      visible_(segments.visible, segments.visible + segments.row_offsets[segments.count]) {
+    for (int64_t s = 0; s < segments.count; ++s) {
+        const int32_t first = segments.row_offsets[s], stop = segments.row_offsets[s + 1];
+        const int64_t range = stop - first > kUncutRows ? std::numeric_limits<int64_t>::max() : kKeyRange;
+        const int64_t step = std::max<int64_t>(1, kQueryRows / heads_);
+        for (int64_t row = first; row < stop; row += step)
+            cut(static_cast<int32_t>(row), static_cast<int32_t>(std::min<int64_t>(stop, row + step)),
+                pages_.data() + segments.page_offsets[s], range);
+    }
+    // The largest pieces first, so that no thread is left with one at the end.
+    std::stable_sort(pieces_.begin(), pieces_.end(),
+                     [](const Piece& a, const Piece& b) { return a.rows * a.keys > b.rows * b.keys; });
+    int64_t total = 0;
+    std::vector<int64_t> parts_of(num_rows, 0);
+    for (Piece& piece : pieces_) {
+        piece.result = total;
+        total += result_size(piece) * shape.num_kv_heads;
+        for (int64_t i = 0; i < piece.rows; ++i) ++parts_of[rows_[piece.first_row + i]];
+    }
+    results_.resize(total);
+    part_offsets_.assign(num_rows + 1, 0);
+    for (int64_t row = 0; row < num_rows; ++row) part_offsets_[row + 1] = part_offsets_[row] + parts_of[row];
+    parts_.resize(part_offsets_[num_rows]);
+    std::vector<int64_t> next(part_offsets_.begin(), part_offsets_.end() - 1);
+    for (size_t p = 0; p < pieces_.size(); ++p)
+        for (int64_t i = 0; i < pieces_[p].rows; ++i)
+            parts_[next[rows_[pieces_[p].first_row + i]]++] = {static_cast<int32_t>(p), static_cast<int32_t>(i)};
+}
+
+// Pieces of the rows [first_row, stop_row) of a segment: as many keys as the row that sees most, in ranges.
+void AttentionPlan::cut(int32_t first_row, int32_t stop_row, const int32_t* pages, int64_t range) {
+    const int64_t seen = *std::max_element(visible_.begin() + first_row, visible_.begin() + stop_row);
+    for (int64_t key = 0; key < seen;) {
+        const int64_t keys = std::min(range, seen - key);
+        pieces_.push_back({first_row, stop_row - first_row, key, keys, pages, 0});
+        key += keys;
+    }
+}
+
+void AttentionPlan::attend(int64_t index, const float* query, const void* keys, const void* values) {
+    static thread_local std::vector<float> scratch;
+    static thread_local std::vector<int32_t> visible;
+    const Piece& piece = pieces_[index / shape_.num_kv_heads];
+    const int64_t group = index % shape_.num_kv_heads, rows = piece.rows * heads_;
+    scratch.resize(rows * padded_ + attention_scratch(rows, padded_));
+    visible.resize(rows);
+    for (int64_t i = 0; i < piece.rows; ++i) {
+        const float* from = query + (rows_[piece.first_row + i] * shape_.num_heads + group * heads_) * padded_;
+        std::memcpy(scratch.data() + i * heads_ * padded_, from, heads_ * padded_ * sizeof(float));
+        std::fill_n(visible.begin() + i * heads_, heads_, visible_[piece.first_row + i]);
+    }
+    const int64_t head_bytes = group * shape_.head_dim * (shape_.is_bfloat16 ? 2 : 4);
+    float* result = results_.data() + piece.result + group * result_size(piece);
+    kernels().attend({scratch.data(), visible.data(), static_cast<const char*>(keys) + head_bytes,
+                      static_cast<const char*>(values) + head_bytes, piece.pages, result, result + rows,
+                      result + 2 * rows, scratch.data() + rows * padded_,
+                      static_cast<int64_t>(shape_.num_kv_heads) * shape_.head_dim, static_cast<int32_t>(rows),
+                      static_cast<int32_t>(piece.first_key), static_cast<int32_t>(piece.keys), shape_.block_size,
+                      shape_.head_dim, static_cast<int32_t>(padded_), shape_.softcap, shape_.is_bfloat16});
+}
+
+void AttentionPlan::merge(int64_t row, float* out) const {
+    std::memset(out, 0, static_cast<size_t>(shape_.num_heads) * shape_.head_dim * sizeof(float));
+    for (int64_t head = 0; head < shape_.num_heads; ++head, out += shape_.head_dim) {
+        const int64_t group = head / heads_, within = head % heads_;
+        const auto result = [&](const Part& part, int64_t& at) {
+            const Piece& piece = pieces_[part.piece];
+            at = part.index * heads_ + within;
+            return results_.data() + piece.result + group * result_size(piece);
+        };
+        float highest = -std::numeric_limits<float>::infinity();
+        int64_t at;
+        for (int64_t p = part_offsets_[row]; p < part_offsets_[row + 1]; ++p)
+            highest = std::max(highest, result(parts_[p], at)[at]);
+        if (highest == -std::numeric_limits<float>::infinity()) continue;
+        float total = 0;
+        for (int64_t p = part_offsets_[row]; p < part_offsets_[row + 1]; ++p) {
+            const int64_t rows = pieces_[parts_[p].piece].rows * heads_;
+            const float* from = result(parts_[p], at);
+            const float weight = std::exp(from[at] - highest);
+            if (weight == 0) continue;
+            total += weight * from[rows + at];
+            const float* sum = from + 2 * rows + at * padded_;
+            for (int64_t d = 0; d < shape_.head_dim; ++d) out[d] += weight * sum[d];
+        }
+        for (int64_t d = 0; d < shape_.head_dim; ++d) out[d] /= total;
+    }
+}
+
+void shared_attention(AttentionPlan& plan, const void* query, const void* keys, const void* values, void* output,
+                      int threads) {
+    const AttentionShape& shape = plan.shape();
+    const int64_t width = static_cast<int64_t>(shape.num_heads) * shape.head_dim, padded = plan.padded();
+    std::vector<float> scaled(plan.num_rows() * shape.num_heads * padded);
+    Barrier barrier(threads);
+    Tasks scale_rows, pieces, merge_rows;
+    run_parallel(threads, [&](int) {
+        std::vector<float> row_values(width);
+        int64_t task;
+        while (scale_rows.take(plan.num_rows(), task)) {
+            if (shape.is_bfloat16) {
+                kernels().widen(static_cast<const uint16_t*>(query) + task * width, width, row_values.data());
+            } else {
+                std::memcpy(row_values.data(), static_cast<const float*>(query) + task * width, width * sizeof(float));
+            }
+            float* to = scaled.data() + task * shape.num_heads * padded;
+            for (int64_t h = 0; h < shape.num_heads; ++h)
+                for (int64_t d = 0; d < shape.head_dim; ++d)
+                    to[h * padded + d] = row_values[h * shape.head_dim + d] * shape.scale;
+        }
+        barrier.wait();
+        while (pieces.take(plan.num_pieces(), task)) plan.attend(task, scaled.data(), keys, values);
+        barrier.wait();
+        while (merge_rows.take(plan.num_rows(), task)) {
+            if (shape.is_bfloat16) {
+                plan.merge(task, row_values.data());
+                kernels().narrow(row_values.data(), width, static_cast<uint16_t*>(output) + task * width);
+            } else {
+                plan.merge(task, static_cast<float*>(output) + task * width);
+            }
+        }
+    });
+}
+
+}  // namespace gpo_fast::cpu

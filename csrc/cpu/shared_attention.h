@@ -1,0 +1,74 @@
+// Attention over paged keys that rows of queries share.
+//
+// The keys that the rows see are given as segments: a list of pages with rows that see its first `visible` keys. A
+// row may be in many segments (the prompt, the trajectory so far, its own tail), disjoint in their keys; what it
+// sees is their union. A segment's keys are read once for all its rows, as small matrix products in float32; the
+// parts are merged by log-sum-exp:
+//
+//   m = max_i m_i,   out = sum_i exp(m_i - m) o_i / sum_i exp(m_i - m) t_i      (no keys at all: zero)
+//
+// with m_i the largest score, t_i the sum of exp(score - m_i) and o_i that of exp(score - m_i) v of part i.
+// Decoding: groups and tails of a SharedPlan. Prefill: one segment for each sequence, row i seeing position + 1 keys.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace gpo_fast::cpu {
+
+struct Segments {
+    int64_t count;                // S
+    const int32_t* page_offsets;  // [S + 1] into pages
+    const int32_t* pages;
+    const int32_t* row_offsets;  // [S + 1] into rows and visible
+    const int32_t* rows;
+    const int32_t* visible;
+};
+
+struct AttentionShape {
+    int32_t num_heads, num_kv_heads, head_dim, block_size;
+    float scale, softcap;
+    bool is_bfloat16;  // of the pool
+};
+
+// The work of one step, the same for all layers: made once, run by the threads of a parallel region.
+class AttentionPlan {
+  public:
+    AttentionPlan(const Segments& segments, int64_t num_rows, const AttentionShape& shape);
+
+    // query [rows, heads, padded()] scaled, keys and values [slots, kv heads, head size] of one layer.
+    int64_t num_pieces() const { return static_cast<int64_t>(pieces_.size()) * shape_.num_kv_heads; }
+    void attend(int64_t piece, const float* query, const void* keys, const void* values);
+    // After all pieces: out [heads, head size] of one row.
+    void merge(int64_t row, float* out) const;
+
+    int64_t padded() const { return padded_; }
+    int64_t num_rows() const { return num_rows_; }
+    const AttentionShape& shape() const { return shape_; }
+
+  private:
+    struct Piece {  // of each KV head in turn
+        int64_t first_row, rows, first_key, keys;
+        const int32_t* pages;
+        int64_t result;  // where its results start, for KV head 0
+    };
+    struct Part {  // one piece's share of one row
+        int32_t piece, index;
+    };
+    void cut(int32_t first_row, int32_t stop_row, const int32_t* pages, int64_t range);
+    int64_t result_size(const Piece& piece) const { return piece.rows * heads_ * (padded_ + 2); }
+
+    const AttentionShape shape_;
+    const int64_t num_rows_, heads_, padded_;  // heads_: query heads of a KV head
+    std::vector<int32_t> pages_, rows_, visible_;
+    std::vector<Piece> pieces_;
+    std::vector<int64_t> part_offsets_;  // [rows + 1]
+    std::vector<Part> parts_;
+    std::vector<float> results_;
+};
+
+// The whole of it for one layer: query and output [rows, heads, head size], of the pool's type.
+void shared_attention(AttentionPlan& plan, const void* query, const void* keys, const void* values, void* output,
+                      int threads);
+
+}  // namespace gpo_fast::cpu

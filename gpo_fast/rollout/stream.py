@@ -1,0 +1,295 @@
+"""RolloutStream: the scheduler. Branches wait, are prefilled, decode together, and come out as they finish.
+
+One step: admit what fits; one forward pass over a token of every running branch and a chunk of the prompts that
+are being prefilled; sample where a next token is due; retire what has finished.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from gpo_fast.rollout.branch import Branch, Prefill, common_prefix
+from gpo_fast.rollout.sampler import sample, stream_key, uniforms
+from gpo_fast.rollout.types import Completion, FinishReason, Request
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from gpo_fast.rollout.engine import RolloutEngine
+
+STOP_WINDOW = 64  # tokens that are decoded to look for a stop string: no stop string is longer in tokens
+
+
+class RolloutStream(Iterator[Completion]):
+    """Completions in the order of finishing; made by `RolloutEngine.stream`.
+
+    More requests may be added and branches cancelled at any time until the stream is exhausted or closed. Closing
+    it (explicitly, at the end of a `with` block, or by dropping it) releases all that its branches hold.
+    """
+
+    def __init__(self, engine: RolloutEngine, requests: Sequence[Request]) -> None:
+        self._engine = engine
+        self._cache = engine.cache
+        self._counters = engine.counters
+        self._seconds = engine.seconds
+        self._waiting: deque[Branch] = deque()
+        self._prefilling: list[Prefill] = []
+        self._running: list[Branch] = []
+        self._finished: deque[Branch] = deque()
+        self._num_requests = 0
+        self._crowded = False  # something was preempted: nothing is admitted until a branch gives back its pages
+        self._closed = False
+        self.num_branches = 0
+        self.add(requests)
+
+    # -- the public face ------------------------------------------------------------------------------------
+
+    def add(self, requests: Sequence[Request]) -> list[int]:
+        """Queues more requests; returns their request indices, which count on from those before.
+
+        Raises:
+            ValueError: a request that does not fit the model's context or the KV memory; none is queued then.
+            RuntimeError: the stream is exhausted or closed.
+        """
+        if self._closed:
+            raise RuntimeError("the stream has ended: open another with engine.stream(requests)")
+        for number, request in enumerate(requests):
+            self._engine.check_fits(number, request)
+        first = self._num_requests
+        branches = [b for n, request in enumerate(requests) for b in self._branches_of(first + n, request)]
+        # Neighbours share prefixes, the longest of them first.
+        self._waiting.extend(sorted(branches, key=lambda b: b.order, reverse=True))
+        self._num_requests += len(requests)
+        self.num_branches += len(branches)
+        return list(range(first, self._num_requests))
+
+    def cancel(self, request_index: int, branch_index: int | None = None) -> int:
+        """Drops a branch, or all branches of a request, that have not finished; returns how many.
+
+        Each comes out as a Completion with finish_reason "cancelled" and the tokens it had; its pages are free at
+        once. A branch that has finished already is left alone.
+
+        Raises:
+            IndexError: no such request in this stream.
+        """
+        if not 0 <= request_index < self._num_requests:
+            raise IndexError(f"request {request_index} is not one of this stream's {self._num_requests} requests")
+
+        def hit(branch: Branch) -> bool:
+            return branch.request == request_index and branch_index in (None, branch.index)
+
+        dropped = [b for b in self._running if hit(b)]
+        for entry in self._prefilling:
+            dropped += [b for b in entry.branches if hit(b)]
+            entry.branches = [b for b in entry.branches if not hit(b)]
+        abandoned = [entry.sequence for entry in self._prefilling if not entry.branches]
+        self._prefilling = [entry for entry in self._prefilling if entry.branches]
+        self._running = [b for b in self._running if not hit(b)]
+        dropped += [b for b in self._waiting if hit(b)]
+        self._waiting = deque(b for b in self._waiting if not hit(b))
+        self._cache.release([*abandoned, *(b.sequence for b in dropped if b.sequence >= 0)])
+        for branch in dropped:
+            branch.sequence = -1
+            branch.finish_reason = "cancelled"
+        self._finished.extend(dropped)
+        self._counters["cancelled"] += len(dropped)
+        return len(dropped)
+
+    def close(self) -> None:
+        """Ends the stream; what has not come out is dropped."""
+        if self._closed:
+            return
+        self._closed = True
+        self._cache.release([e.sequence for e in self._prefilling] + [b.sequence for b in self._running])
+        self._waiting.clear()
+        self._prefilling.clear()
+        self._running.clear()
+        self._finished.clear()
+        self._engine.stream_ended(self)
+
+    def __next__(self) -> Completion:
+        try:
+            while not self._finished and (self._waiting or self._prefilling or self._running):
+                with self._engine.inference():
+                    while not self._finished:
+                        self._step()
+        except BaseException:
+            self.close()
+            raise
+        if not self._finished:
+            self.close()
+            raise StopIteration
+        return self._finished.popleft().completion()
+
+    def __enter__(self) -> RolloutStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
+
+    # -- one step -------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        self._make_room()
+        self._admit()
+        chunks = self._chunks()
+        self._counters["steps"] += 1
+        self._seconds["schedule"] += time.perf_counter() - start
+        logits = self._engine.forward(self._running, chunks)
+        sampled = list(self._running)
+        copies = [1] * len(sampled)  # branches that take their next token from a row of the logits
+        for entry, _ in chunks:
+            if entry.missing == 0:
+                self._share(entry)
+                sampled += entry.branches
+                copies.append(len(entry.branches))
+        self._running = sampled
+        self._prefilling = [entry for entry in self._prefilling if entry.missing > 0]
+        if sampled:
+            rows = np.repeat(np.arange(len(copies)), copies)
+            self._sample(sampled, logits if len(rows) == len(logits) else logits[rows])
+            self._retire()
+
+    def _branches_of(self, number: int, request: Request) -> list[Branch]:
+        prompt = [int(t) for t in request.token_ids]
+        array = np.asarray(prompt, dtype=np.int32)
+        order = array.astype(">i4").tobytes()
+        seed = self._engine.next_seed() if request.seed is None else request.seed
+        return [
+            Branch(number, i, prompt, array, order, request.sampling, stream_key(seed, i)) for i in range(request.n)
+        ]
+
+    def _admit(self) -> None:
+        """Moves branches from waiting to prefilling as long as pages and rows last.
+
+        Branches of equal tokens are one entry. An entry that shares a prefix with one that is being computed, of
+        which the cache does not hold a page yet, is left waiting and finds it in the cache later: with the longest
+        first, one trajectory is computed once for all its cut points.
+        """
+        if self._crowded and self._running:
+            return
+        self._crowded = False
+        room = self._engine.max_batch_size - len(self._running) - sum(len(e.branches) for e in self._prefilling)
+        budget = self._engine.max_prefill_tokens - sum(e.missing for e in self._prefilling)
+        deferred: list[Branch] = []
+        while self._waiting and room > 0 and budget > 0 and len(deferred) < self._engine.max_batch_size:
+            group = self._next_group(room)
+            tokens = group[0].all_tokens()
+            if any(self._gains_by_waiting(entry, tokens) for entry in self._prefilling):
+                deferred += group
+                continue
+            sequence, hit = self._cache.open(tokens)
+            missing = len(tokens) - hit
+            if not self._cache.reserve([sequence], missing):
+                self._cache.release([sequence])
+                self._waiting.extendleft(reversed(group))
+                break
+            slots = self._cache.append([sequence], tokens[hit:], [missing])
+            pages = self._cache.block_table(sequence)
+            for branch in group:
+                branch.admitted = self._counters["steps"]
+            self._prefilling.append(Prefill(group, sequence, tokens, slots, pages, hit, hit))
+            self._counters["shared_tokens"] += hit + (len(group) - 1) * len(tokens)
+            room -= len(group)
+            budget -= missing
+        self._waiting.extendleft(reversed(deferred))
+        if not self._running and not self._prefilling:
+            raise RuntimeError("no branch can be admitted though none is running")
+
+    def _next_group(self, room: int) -> list[Branch]:
+        group = [self._waiting.popleft()]
+        while self._waiting and len(group) < room and self._waiting[0].starts_like(group[0]):
+            group.append(self._waiting.popleft())
+        return group
+
+    def _gains_by_waiting(self, entry: Prefill, tokens: np.ndarray) -> bool:
+        """Whether an entry is about to compute a page or more of these tokens."""
+        return common_prefix(entry.tokens, tokens) >= entry.hit + self._engine.block_size
+
+    def _chunks(self) -> list[tuple[Prefill, int]]:
+        """What to compute of the entries in this step, as (entry, first position); marks it as computed."""
+        budget = self._engine.max_prefill_tokens
+        chunks = []
+        for entry in self._prefilling:
+            if budget == 0:
+                break
+            count = min(entry.missing, budget)
+            chunks.append((entry, entry.computed))
+            entry.computed += count
+            budget -= count
+        return chunks
+
+    def _share(self, entry: Prefill) -> None:
+        """The entry is computed: others may match it, and each of its branches gets a sequence."""
+        self._cache.commit(entry.sequence)
+        entry.branches[0].sequence = entry.sequence
+        forks = self._cache.fork(entry.sequence, len(entry.tokens), len(entry.branches) - 1)
+        for branch, fork in zip(entry.branches[1:], forks.tolist()):
+            branch.sequence = fork
+
+    def _make_room(self) -> None:
+        """Preempts what was admitted last until each running branch has room for one more token."""
+        while self._running and not self._cache.reserve([b.sequence for b in self._running], 1):
+            if self._prefilling:
+                entry = self._prefilling.pop()
+                self._cache.release([entry.sequence])
+                self._waiting.extendleft(reversed(entry.branches))
+            elif len(self._running) == 1:
+                raise RuntimeError("one running branch does not fit the KV memory though it was checked to fit")
+            else:
+                victim = max(self._running, key=lambda b: (b.admitted, b.request, b.index))
+                self._running.remove(victim)
+                self._cache.release([victim.sequence])
+                victim.sequence = -1
+                self._waiting.appendleft(victim)  # its tokens stay; they are prefilled again
+            self._counters["preemptions"] += 1
+            self._crowded = True
+
+    def _sample(self, branches: list[Branch], logits: Tensor) -> None:
+        start = time.perf_counter()
+        keys = np.array([b.key for b in branches], dtype=np.uint64)
+        drawn_before = np.array([len(b.tokens) for b in branches], dtype=np.uint64)
+        params = [b.params for b in branches]
+        tokens, logprobs, sampling = sample(logits, params, uniforms(keys, drawn_before))
+        for branch, token, logprob, drawn in zip(branches, tokens.tolist(), logprobs.tolist(), sampling.tolist()):
+            branch.tokens.append(token)
+            branch.logprobs.append(logprob)
+            branch.sampling_logprobs.append(drawn)
+            branch.finish_reason = self._finish_reason(branch)
+        self._seconds["sample"] += time.perf_counter() - start
+
+    def _finish_reason(self, branch: Branch) -> FinishReason | None:
+        params, token = branch.params, branch.tokens[-1]
+        if token in params.stop_token_ids or (token in self._engine.end_tokens and not params.ignore_eos):
+            return "stop"
+        if params.stop:
+            tail = self._engine.tokenizer.decode(branch.tokens[-STOP_WINDOW:])
+            if any(stop in tail for stop in params.stop):
+                return "stop"
+        return "length" if len(branch.tokens) >= params.max_tokens else None
+
+    def _retire(self) -> None:
+        done = [b for b in self._running if b.finish_reason is not None]
+        if not done:
+            return
+        for branch in done:
+            self._cache.commit(branch.sequence)  # a search of this trajectory finds its keys and values
+        self._cache.release([b.sequence for b in done])
+        self._crowded = False
+        for branch in done:
+            branch.sequence = -1
+        self._running = [b for b in self._running if b.finish_reason is None]
+        self._finished.extend(done)

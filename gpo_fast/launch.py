@@ -56,10 +56,9 @@ def find_critical(
         tokens = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
         nothing = [0.0] * len(tokens)
         trajectories.append(Completion(i, 0, prompt, tokens, nothing, nothing, "stop"))
-    owner = {id(t.prompt_token_ids): row for t, row in zip(trajectories, rows)}
 
     def outcome(completions: Any) -> list[float]:
-        mine = [owner[id(c.prompt_token_ids)] for c in completions]
+        mine = [rows[c.request_index] for c in completions]
         texts = [decode_completion(c.token_ids, tokenizer) for c in completions]
         columns = columns_of(mine, without=("prompt", "completion"))
         return rewards([r["prompt"] for r in mine], texts, [c.token_ids for c in completions], columns).total.tolist()
@@ -72,27 +71,9 @@ def find_critical(
         sampling=SamplingParams(max_tokens=max_tokens),
         seed=seed,
     )
+    found = finder.find(trajectories)
     return [
-        {
-            "prompt": str(row["prompt"]),
-            "reward": found.reward,
-            "critical": found.index,
-            "token_position": found.token_position,
-            "num_rollouts": found.num_rollouts,
-            "num_tokens": found.num_tokens,
-            "steps": [
-                {
-                    "text": decode_completion(trajectory.token_ids[step.start : step.end], tokenizer),
-                    "value": value,
-                    "standard_error": error,
-                    "advantage": advantage,
-                }
-                for step, value, error, advantage in zip(
-                    found.steps, found.values, found.standard_errors, found.advantages
-                )
-            ],
-        }
-        for row, trajectory, found in zip(rows, trajectories, finder.find(trajectories))
+        {**step.record(t, tokenizer), "prompt": str(row["prompt"])} for row, t, step in zip(rows, trajectories, found)
     ]
 
 

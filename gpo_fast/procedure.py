@@ -17,6 +17,7 @@ import numpy as np
 
 from gpo_fast.config import GPOConfig
 from gpo_fast.critical import CriticalStep, CriticalStepFinder, OutcomeReward
+from gpo_fast.critical.step import branch_record
 from gpo_fast.data import Example, columns_of, decode_completion, encode_prompt, is_conversation
 from gpo_fast.forest import TokenForest
 from gpo_fast.rewards import RewardFunctions
@@ -332,19 +333,12 @@ class GuidedSampler:
     def _describe(self, s: _Searched, examples: Sequence[Example]) -> dict[str, Any]:
         """A searched trajectory as the report shows it."""
         assert s.critical is not None
-        critical, tokenizer = s.critical, self.engine.tokenizer
+        record = s.critical.record(s.completion, self.engine.tokenizer)
+        resets = [branch_record(c, r, "reset", self.engine.tokenizer) for c, r in zip(s.resets, s.reset_rewards)]
         answer = examples[s.example].get("answer")
-
-        def branches(completions: list[Completion], rewards: list[float], kind: str) -> list[dict[str, Any]]:
-            texts = [decode_completion(c.token_ids, tokenizer) for c in completions]
-            return [{"text": text, "reward": reward, "kind": kind} for text, reward in zip(texts, rewards)]
-
-        at = critical.reset_state
         return {
-            **critical.record(s.completion, tokenizer),
-            "reset": self.config.reset,
-            "branches": branches(s.resets, s.reset_rewards, "reset")
-            + branches(critical.continuations[at], critical.continuation_rewards[at], "search"),
+            **record,
+            "branches": resets + record["branches"],
             "answer": None if answer is None else str(answer),
         }
 

@@ -301,5 +301,5 @@ def test_bad_options_are_refused(options, message: str) -> None:
 def test_a_reward_outside_its_range_is_named() -> None:
     backend = exact.ChainBackend(exact.even())
     drawn = exact.trajectories(backend, 1, seed=0, outcome=0.0)
-    with pytest.raises(ValueError, match="reward of 3.0 is outside reward_range, 0 to 2"):
+    with pytest.raises(ValueError, match=r"reward of 3\.0 is outside reward_range, 0 to 2"):
         finder(backend, reward_range=(0, 2)).find(drawn, rewards=[3.0])

@@ -57,6 +57,8 @@ class CriticalStep:
 
     def record(self, trajectory: Completion, tokenizer: Any) -> dict[str, Any]:
         """The search as the report, the terminal's table and JSON show it; what is not known is None."""
+        at = self.reset_state
+        drawn = zip(self.continuations[at], self.continuation_rewards[at]) if self.continuations else ()
         return {
             "prompt": decode_completion(trajectory.prompt_token_ids, tokenizer),
             "reward": self.reward,
@@ -64,6 +66,7 @@ class CriticalStep:
             "token_position": self.token_position,
             "estimator": self.estimator,
             "criterion": self.criterion,
+            "reset": "after" if self.reset_state > self.index else "before",
             "confidence": _known(self.confidence),
             "num_rollouts": self.num_rollouts,
             "num_tokens": self.num_tokens,
@@ -80,7 +83,13 @@ class CriticalStep:
                 }
                 for i, step in enumerate(self.steps)
             ],
+            "branches": [branch_record(completion, reward, "search", tokenizer) for completion, reward in drawn],
         }
+
+
+def branch_record(completion: Completion, reward: float, kind: str, tokenizer: Any) -> dict[str, Any]:
+    """A rollout from the reset state as the report shows it; `kind` is "search" or "reset"."""
+    return {"text": decode_completion(completion.token_ids, tokenizer), "reward": reward, "kind": kind}
 
 
 def mean(samples: Sequence[float]) -> float:

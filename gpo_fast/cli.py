@@ -85,33 +85,58 @@ def train(
 
 @app.command()
 def critical(
-    trajectories: Annotated[
-        Path, typer.Argument(help="JSON lines with `prompt`, `completion` and the answer columns.")
-    ],
     model: Annotated[str, typer.Option(help="Path or hub id of the model.")],
+    dataset: Annotated[
+        str, typer.Option(help="JSON-lines file, `module:function` or hub id: prompts, with `completion` or without.")
+    ],
     reward: Annotated[str, typer.Option(help="Reward function: a known name or `module:function`.")] = "exact_match",
-    num_samples: Annotated[int, typer.Option(help="Continuations per step.")] = 4,
+    estimator: Annotated[str, typer.Option(help="uniform (the paper's), racing or bisect.")] = "racing",
+    num_samples: Annotated[int, typer.Option(help="Continuations per step; the budget of racing.")] = 4,
     criterion: Annotated[str, typer.Option(help="max, min or abs.")] = "max",
+    step_splitter: Annotated[str, typer.Option(help="What a step is, as in GPOConfig.")] = "newline",
+    min_step_tokens: Annotated[int, typer.Option(help="A shorter step is merged with its neighbour.")] = 4,
+    num_problems: Annotated[int, typer.Option(help="Rows to take at most.")] = 32,
+    num_generations: Annotated[int, typer.Option(help="Completions of a prompt that comes without one.")] = 8,
     max_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a report to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
 ) -> None:
-    """Show the steps of given trajectories with their values, and the critical one.
+    """Show the steps of trajectories with their values, and the critical one.
 
-    Example: `gpo-fast critical answers.jsonl --model ./my-model --num-samples 8 --criterion min`
+    Rows with a `completion` are searched as they are; prompts without one are sampled first, and the worst
+    completion of each prompt with right and wrong ones is searched.
+
+    Example: `gpo-fast critical --model ./my-model --dataset problems.jsonl --criterion min --html critical.html`
     """
     from gpo_fast.launch import find_critical
+    from gpo_fast.steps import StepSplitter
 
     records = find_critical(
-        trajectories, model, reward, num_samples=num_samples, criterion=criterion, max_tokens=max_tokens, seed=seed
+        dataset,
+        model,
+        reward,
+        num_problems=num_problems,
+        num_generations=num_generations,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        splitter=StepSplitter(step_splitter, min_tokens=min_step_tokens),
+        seed=seed,
+        n_samples=num_samples,
+        criterion=criterion,
+        estimator=estimator,
     )
+    from gpo_fast.report import critical_table, write_critical_report
+
+    if html is not None:
+        write_critical_report(records, {"title": "Critical steps", "model": model, "algorithm": estimator}, html)
+        print(html, file=sys.stderr)
     if as_json:
         for record in records:
             print(json.dumps(record))
         return
     from rich.console import Console
-
-    from gpo_fast.report import critical_table
 
     Console().print(critical_table(records))
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from gpo_fast.critical.finder import check_options
 from gpo_fast.rollout.types import SamplingParams
 
 LOSS_TYPES = ("grpo", "awr", "ppo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
@@ -41,11 +42,17 @@ class GPOConfig(TrainingArguments):
     stop: list[str] | None = _option(None, "Strings that end a completion.")
     num_samples: int = _option(4, "Monte Carlo continuations per step in the search for the critical step.")
     criterion: str = _option("max", "Critical step: largest gain (max), fall (min) or change (abs).")
+    estimator: str = _option("racing", "Search for it by racing, uniform (the paper's) or bisect (a heuristic).")
+    delta: float = _option(0.1, "Racing stops when another step is better with at most this probability.")
+    proposal: Any = _option(None, "Order of the search by logprob, entropy, gradient or a function; off if not set.")
     reset: str = _option("before", "Reset to the state before or after the critical step.")
     num_resets: int = _option(4, "New rollouts sampled from each critical step.")
-    search: str = _option("mixed", "Which groups are searched: mixed outcomes only, or all.")
+    search: Any = _option(
+        "mixed", "Searched: the worst trajectory of each group with mixed outcomes (mixed), all, or a function."
+    )
     max_searches: int | None = _option(None, "At most so many trajectories are searched per iteration.")
-    reuse_samples: bool = _option(False, "Also train on the Monte Carlo samples at the critical step.")
+    search_budget: float | None = _option(None, "Most tokens of all searches, as a share of the base rollouts'.")
+    reuse: str = _option("none", "Also train on the search's samples of the critical step: none, split or all.")
     step_splitter: str = _option("newline", "What a step is: newline, paragraph, sentence or tokens.")
     min_step_tokens: int = _option(4, "A shorter step is merged with its neighbour.")
     max_steps_per_trajectory: int = _option(64, "A trajectory with more steps is thinned evenly.")
@@ -66,11 +73,18 @@ class GPOConfig(TrainingArguments):
         _one_of("loss_type", self.loss_type, LOSS_TYPES)
         _one_of("criterion", self.criterion, ("max", "min", "abs"))
         _one_of("reset", self.reset, ("before", "after"))
-        _one_of("search", self.search, ("mixed", "all"))
-        _one_of("step_splitter", self.step_splitter, ("newline", "paragraph", "sentence", "tokens"))
+        _one_of("estimator", self.estimator, ("uniform", "racing", "bisect"))
+        _one_of("reuse", self.reuse, ("none", "split", "all"))
+        if not callable(self.search):
+            _one_of("search", self.search, ("mixed", "all"))
+        if self.proposal is not None and not callable(self.proposal):
+            _one_of("proposal", self.proposal, ("logprob", "entropy", "gradient"))
+        if self.search_budget is not None and self.search_budget < 0:
+            raise ValueError(f"search_budget must be at least 0, got {self.search_budget}")
         for name in ("num_generations", "num_samples", "num_resets", "steps_per_generation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_options(self.num_samples, self.criterion, self.estimator, self.reset, self.reuse, self.delta)
         if self.num_generations < 2:
             raise ValueError("num_generations must be at least 2: advantages compare completions of one prompt")
         if self.gradient_accumulation_steps != 1:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gpo_fast.config import RunSpec, load_config
 from gpo_fast.critical import CriticalStepFinder
 from gpo_fast.data import check_dataset, columns_of, decode_completion, encode_prompt
 from gpo_fast.evaluation import Accuracy, accuracy_of
+from gpo_fast.procedure import search_mixed
 from gpo_fast.report import write_report
 from gpo_fast.rewards import RewardFunctions
 from gpo_fast.rollout import Completion, Request, RolloutEngine, SamplingParams
 from gpo_fast.run_files import last_checkpoint, read_records
+from gpo_fast.steps import StepSplitter
 
 
 def train_from_config(path: Path, overrides: dict[str, Any]) -> None:
@@ -41,59 +46,68 @@ def train_from_config(path: Path, overrides: dict[str, Any]) -> None:
 
 
 def find_critical(
-    path: Path, model_name: str, reward: str, *, num_samples: int, criterion: Any, max_tokens: int, seed: int
+    dataset: str,
+    model_name: str,
+    reward: str,
+    *,
+    num_problems: int,
+    num_generations: int,
+    temperature: float,
+    max_tokens: int,
+    splitter: StepSplitter,
+    seed: int,
+    **search: Any,
 ) -> list[dict[str, Any]]:
-    """Critical steps of the trajectories in a JSON-lines file, as records for `critical_table`."""
-    rows = load_rows(str(path), "train")
-    missing = [i for i, row in enumerate(rows) if not isinstance(row.get("completion"), str)]
-    if missing:
-        raise ValueError(f"{path}: row {missing[0]} has no text in the column 'completion'")
+    """Critical steps as records for `critical_table`.
+
+    Rows with a `completion` are searched as they are. For rows without, `num_generations` are sampled, and of each
+    prompt whose outcomes differ the worst is searched.
+
+    Raises:
+        ValueError: rows with and without a completion, or no prompt whose outcomes differ.
+    """
+    rows = load_rows(dataset, "train")[:num_problems]
+    given = [isinstance(row.get("completion"), str) for row in rows]
+    if any(given) and not all(given):
+        raise ValueError(f"{dataset}: row {given.index(False)} has no text in the column 'completion', others do")
     model, tokenizer = load_model(model_name)
     engine, rewards = RolloutEngine(model, tokenizer), RewardFunctions(reward)
-    trajectories = []
-    for i, row in enumerate(rows):
-        prompt = encode_prompt(row["prompt"], tokenizer, engine.max_length)
-        tokens = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-        nothing = [0.0] * len(tokens)
-        trajectories.append(Completion(i, 0, prompt, tokens, nothing, nothing, "stop"))
-    owner = {id(t.prompt_token_ids): row for t, row in zip(trajectories, rows)}
+    prompts = [encode_prompt(row["prompt"], tokenizer, engine.max_length) for row in rows]
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+    chosen = list(range(len(rows)))  # the row of each trajectory
 
-    def outcome(completions: Any) -> list[float]:
-        mine = [owner[id(c.prompt_token_ids)] for c in completions]
+    def outcome(completions: Sequence[Completion]) -> list[float]:
+        mine = [rows[chosen[c.request_index]] for c in completions]
         texts = [decode_completion(c.token_ids, tokenizer) for c in completions]
         columns = columns_of(mine, without=("prompt", "completion"))
         return rewards([r["prompt"] for r in mine], texts, [c.token_ids for c in completions], columns).total.tolist()
 
-    finder = CriticalStepFinder(
-        engine,
-        outcome,
-        n_samples=num_samples,
-        criterion=criterion,
-        sampling=SamplingParams(max_tokens=max_tokens),
-        seed=seed,
-    )
-    return [
-        {
-            "prompt": str(row["prompt"]),
-            "reward": found.reward,
-            "critical": found.index,
-            "token_position": found.token_position,
-            "num_rollouts": found.num_rollouts,
-            "num_tokens": found.num_tokens,
-            "steps": [
-                {
-                    "text": decode_completion(trajectory.token_ids[step.start : step.end], tokenizer),
-                    "value": value,
-                    "standard_error": error,
-                    "advantage": advantage,
-                }
-                for step, value, error, advantage in zip(
-                    found.steps, found.values, found.standard_errors, found.advantages
-                )
-            ],
-        }
-        for row, trajectory, found in zip(rows, trajectories, finder.find(trajectories))
-    ]
+    if all(given):
+        trajectories = [_given(p, row["completion"], tokenizer) for p, row in zip(prompts, rows)]
+        roots = None
+    else:
+        drawn = engine.generate([Request(p, num_generations, sampling, seed + i) for i, p in enumerate(prompts)])
+        grouped = np.asarray(outcome(drawn)).reshape(len(rows), num_generations)
+        worst = search_mixed(grouped)
+        if not worst:
+            raise ValueError(f"no prompt of {len(rows)} has right and wrong completions: try more, or other prompts")
+        trajectories, chosen = [drawn[i] for i in worst], [i // num_generations for i in worst]
+        roots = [grouped[i].tolist() for i in chosen]
+    finder = CriticalStepFinder(engine, outcome, splitter, sampling=sampling, seed=seed, **search)
+    records = []
+    for row, trajectory, found in zip(chosen, trajectories, finder.find(trajectories, root_values=roots)):
+        answer = rows[row].get("answer")
+        records.append(
+            {**found.record(trajectory, tokenizer), "row": row, "answer": None if answer is None else str(answer)}
+        )
+    return records
+
+
+def _given(prompt: list[int], text: str, tokenizer: Any) -> Completion:
+    """A completion that is given as text."""
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    unknown = [0.0] * len(tokens)
+    return Completion(0, 0, prompt, tokens, unknown, list(unknown), "stop")
 
 
 def evaluate_model(

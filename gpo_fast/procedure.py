@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from gpo_fast.config import GPOConfig
-from gpo_fast.critical import CriticalStep, CriticalStepFinder
+from gpo_fast.critical import CriticalStep, CriticalStepFinder, OutcomeReward
+from gpo_fast.critical.step import branch_record
 from gpo_fast.data import Example, columns_of, decode_completion, encode_prompt, is_conversation
 from gpo_fast.forest import TokenForest
 from gpo_fast.rewards import RewardFunctions
@@ -188,18 +189,40 @@ class GuidedSampler:
     def _choose_searched(
         self, base: Sequence[Completion], grouped: np.ndarray, nodes: Sequence[int]
     ) -> list[_Searched]:
-        """Trajectories that are worth a search: with "mixed", the worst one of each group whose outcomes differ."""
-        width = grouped.shape[1]
-        if self.config.search == "all":
-            chosen = list(range(grouped.size))
-        else:
-            mixed = np.flatnonzero(grouped.max(axis=1) > grouped.min(axis=1))
-            chosen = [int(g) * width + int(grouped[g].argmin()) for g in mixed]
-        limit = self.config.max_searches
-        return [
-            _Searched(i // width, base[i], float(grouped.flat[i]), nodes[i])
-            for i in (chosen if limit is None else chosen[:limit])
-        ]
+        """Trajectories that are worth a search, in order, as many as `max_searches` and `search_budget` allow."""
+        config, width = self.config, grouped.shape[1]
+        chosen = [int(i) for i in _search_rule(config.search)(grouped)]
+        if any(not 0 <= i < grouped.size for i in chosen):
+            raise ValueError(f"search chose {chosen}, but there are only the trajectories 0 to {grouped.size - 1}")
+        chosen = chosen[: config.max_searches]
+        if config.search_budget is not None:
+            left = config.search_budget * sum(len(c.token_ids) for c in base)
+            finder = self._finder(lambda completions: [], 0)
+            affordable = []
+            for i in chosen:
+                left -= finder.most_tokens(base[i])
+                if left < 0:
+                    break
+                affordable.append(i)
+            chosen = affordable
+        return [_Searched(i // width, base[i], float(grouped.flat[i]), nodes[i]) for i in chosen]
+
+    def _finder(self, outcome: OutcomeReward, seed: int) -> CriticalStepFinder:
+        config = self.config
+        return CriticalStepFinder(
+            self.engine,
+            outcome,
+            self.splitter,
+            n_samples=config.num_samples,
+            criterion=config.criterion,  # type: ignore[arg-type]
+            estimator=config.estimator,  # type: ignore[arg-type]
+            reset=config.reset,  # type: ignore[arg-type]
+            reuse=config.reuse,  # type: ignore[arg-type]
+            sampling=config.sampling_params(),
+            delta=config.delta,
+            proposal=config.proposal,
+            seed=seed,
+        )
 
     def _search(
         self,
@@ -209,24 +232,12 @@ class GuidedSampler:
         seed: int,
         timer: PhaseTimer,
     ) -> None:
-        # The finder hands on the very prompt list of the trajectory that it continues.
-        owner = {id(s.completion.prompt_token_ids): s.example for s in searched}
-
         def outcome(completions: Sequence[Completion]) -> Sequence[float]:
             with timer("reward"):
-                return self._score(completions, [owner[id(c.prompt_token_ids)] for c in completions], examples).tolist()
+                owner = [searched[c.request_index].example for c in completions]
+                return self._score(completions, owner, examples).tolist()
 
-        finder = CriticalStepFinder(
-            self.engine,
-            outcome,
-            self.splitter,
-            n_samples=self.config.num_samples,
-            criterion=self.config.criterion,  # type: ignore[arg-type]
-            reset=self.config.reset,  # type: ignore[arg-type]
-            sampling=self.config.sampling_params(),
-            seed=seed,
-        )
-        found = finder.find(
+        found = self._finder(outcome, seed).find(
             [s.completion for s in searched],
             rewards=[s.reward for s in searched],
             root_values=[grouped[s.example].tolist() for s in searched],
@@ -269,12 +280,10 @@ class GuidedSampler:
             group, group_rewards = drawn[mine], rewards[mine].tolist()
             s.resets, s.reset_rewards = group, group_rewards
             at = len(s.completion.prompt_token_ids) + s.critical.token_position
-            for c, r in zip(group, group_rewards):
+            reused = s.critical.reusable
+            group_rewards = [*group_rewards, *s.critical.reusable_rewards]
+            for c, r in zip([*group, *reused], group_rewards):
                 forest.branch(s.node, at, c.token_ids, logprobs=c.logprobs, reward=r)
-            reused: list[Completion] = []
-            if self.config.reuse_samples:
-                reused = s.critical.continuations[s.critical.reset_state]
-                group_rewards = [*group_rewards, *s.critical.continuation_rewards[s.critical.reset_state]]
             if len(group_rewards) < 2:
                 continue
             advantages = self._advantages(np.asarray([group_rewards]))[0]
@@ -311,40 +320,40 @@ class GuidedSampler:
         }
         if reset_rewards:
             metrics["reset_reward"] = float(np.mean(reset_rewards))
-            metrics["critical_advantage"] = float(np.mean([c.advantages[c.index] for c in found]))
+            advantages = [c.advantages[c.index] for c in found]
+            metrics["critical_advantage"] = float(np.mean([a for a in advantages if np.isfinite(a)] or [0.0]))
             metrics["critical_position"] = float(np.mean([c.index / len(c.steps) for c in found]))
+            metrics["critical_confidence"] = float(np.mean([c.confidence for c in found]))
+            metrics["search_rollouts_saved"] = float(sum(c.rollouts_saved for c in found))
+            metrics["search_tokens_saved"] = float(sum(c.tokens_saved for c in found))
+            metrics["num_cancelled"] = float(sum(c.num_cancelled for c in found))
+            metrics["num_reused"] = float(sum(len(c.reusable) for c in found))
         return metrics | {f"seconds/{phase}": spent for phase, spent in timer.seconds.items()}
 
     def _describe(self, s: _Searched, examples: Sequence[Example]) -> dict[str, Any]:
         """A searched trajectory as the report shows it."""
         assert s.critical is not None
-        critical, tokenizer = s.critical, self.engine.tokenizer
+        record = s.critical.record(s.completion, self.engine.tokenizer)
+        resets = [branch_record(c, r, "reset", self.engine.tokenizer) for c, r in zip(s.resets, s.reset_rewards)]
         answer = examples[s.example].get("answer")
-
-        def branches(completions: list[Completion], rewards: list[float], kind: str) -> list[dict[str, Any]]:
-            texts = [decode_completion(c.token_ids, tokenizer) for c in completions]
-            return [{"text": text, "reward": reward, "kind": kind} for text, reward in zip(texts, rewards)]
-
-        at = critical.reset_state
         return {
-            "prompt": decode_completion(s.completion.prompt_token_ids, tokenizer),
-            "reward": s.reward,
-            "steps": [
-                {
-                    "text": decode_completion(s.completion.token_ids[step.start : step.end], tokenizer),
-                    "num_tokens": step.end - step.start,
-                    "value": critical.values[i],
-                    "standard_error": critical.standard_errors[i],
-                    "advantage": critical.advantages[i],
-                }
-                for i, step in enumerate(critical.steps)
-            ],
-            "critical": critical.index,
-            "reset": self.config.reset,
-            "criterion": self.config.criterion,
-            "num_rollouts": critical.num_rollouts,
-            "num_tokens": critical.num_tokens,
-            "branches": branches(s.resets, s.reset_rewards, "reset")
-            + branches(critical.continuations[at], critical.continuation_rewards[at], "search"),
+            **record,
+            "branches": resets + record["branches"],
             "answer": None if answer is None else str(answer),
         }
+
+
+def search_mixed(rewards: np.ndarray) -> list[int]:
+    """The worst trajectory of each group whose outcomes differ: elsewhere no step has made a difference."""
+    mixed = np.flatnonzero(rewards.max(axis=1) > rewards.min(axis=1))
+    return [int(group) * rewards.shape[1] + int(rewards[group].argmin()) for group in mixed]
+
+
+def search_all(rewards: np.ndarray) -> list[int]:
+    """Every trajectory."""
+    return list(range(rewards.size))
+
+
+def _search_rule(search: Any) -> Callable[[np.ndarray], Sequence[int]]:
+    """The rule of a name, or the function itself: rewards (groups, n) -> places of trajectories, row by row."""
+    return search if callable(search) else {"mixed": search_mixed, "all": search_all}[search]

@@ -54,16 +54,47 @@ def test_critical_eval_and_report(saved_model: Path, tmp_path: Path) -> None:
             {"prompt": "2=", "completion": "", "answer": "2"},
         ],
     )
-    common = [str(data), "--model", str(saved_model), "--max-tokens", "20"]
-    result = RUNNER.invoke(cli.app, ["critical", *common, "--json"], catch_exceptions=False)
+    common = ["--dataset", str(data), "--model", str(saved_model), "--max-tokens", "20"]
+    html = tmp_path / "critical.html"
+    uniform = ["--estimator", "uniform", "--html", str(html), "--json"]
+    result = RUNNER.invoke(cli.app, ["critical", *common, *uniform], catch_exceptions=False)
     found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert [len(f["steps"]) for f in found] == [3, 1]
-    assert found[0]["num_rollouts"] == 12
+    assert (found[0]["num_rollouts"], found[0]["rollouts_saved"]) == (12, 0)
+    assert "Critical steps" in html.read_text()
+    assert "took 12 rollouts" in html.read_text()
     table = RUNNER.invoke(cli.app, ["critical", *common], catch_exceptions=False)
     assert "advantage" in table.output
+    assert "racing:" in table.output
     options = ["eval", "--model", str(saved_model), "--dataset", str(data), "--max-tokens", "8"]
     scored = RUNNER.invoke(cli.app, options, catch_exceptions=False)
     assert "95 % interval" in scored.output
+
+
+def ends_even(completions, **_):
+    return [float(len(c) % 2 == 0) for c in completions]
+
+
+def test_prompts_without_completions_are_sampled_first(saved_model: Path, tmp_path: Path) -> None:
+    data = lines(tmp_path / "data.jsonl", [{"prompt": f"{n}+1="} for n in range(4)])
+    options = [
+        "--dataset",
+        str(data),
+        "--model",
+        str(saved_model),
+        "--max-tokens",
+        "12",
+        "--reward",
+        "test_cli:ends_even",
+    ]
+    searched = ["--step-splitter", "tokens", "--json"]
+    result = RUNNER.invoke(cli.app, ["critical", *options, *searched], catch_exceptions=False)
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert found
+    assert all(f["reward"] == 0 and f["num_rollouts"] <= 4 * len(f["steps"]) for f in found)
+    mixed = lines(tmp_path / "mixed.jsonl", [{"prompt": "1", "completion": "2"}, {"prompt": "1"}])
+    with pytest.raises(ValueError, match="row 1 has no text"):
+        RUNNER.invoke(cli.app, ["critical", "--dataset", str(mixed), *options[2:]], catch_exceptions=False)
 
 
 def test_training_from_a_file_and_its_report(saved_model: Path, tmp_path: Path) -> None:

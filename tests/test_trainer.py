@@ -76,7 +76,7 @@ def test_the_reward_rises(tmp_path: Path, loss_type: str) -> None:
 
 
 def test_a_run_says_what_it_did(tmp_path: Path) -> None:
-    run = trainer(tmp_path / "run", search="all", max_searches=3, reuse_samples=True)
+    run = trainer(tmp_path / "run", search="all", max_searches=3, reuse="all")
     run.train()
     record = deterministic(tmp_path / "run")[0]
     assert record["num_searches"] == 3

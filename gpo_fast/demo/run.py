@@ -173,7 +173,7 @@ def _config(output: Path, seed: int, use_gpo: bool) -> GPOConfig:
         num_samples=4,
         num_resets=8,
         criterion="min",
-        reuse_samples=True,
+        reuse="all",
         max_searches=4,
         bf16=True,
         learning_rate=4e-4,

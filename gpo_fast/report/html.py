@@ -34,11 +34,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     trajectories = read_records(run / "trajectories.jsonl")
     seconds = {p: sum(s.get("seconds", {}).get(p, 0.0) for s in steps) for p in PHASES}
     total = sum(seconds.values())
-    environment = Environment(
-        loader=PackageLoader("gpo_fast.report", "."), autoescape=select_autoescape(["html"]), trim_blocks=True
-    )
-    environment.filters["number"] = number
-    page = environment.get_template("report.html").render(
+    page = _page(
         run=description,
         steps=steps,
         evaluations=evaluations,
@@ -51,6 +47,24 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     target = output or run / "report.html"
     write_atomically(target, page)
     return target
+
+
+def write_critical_report(records: list[dict[str, Any]], description: dict[str, Any], output: Path) -> Path:
+    """Writes searched trajectories (`CriticalStep.record`) as a report of their own; returns its path."""
+    run = {"heading": "Critical steps", **description}
+    trajectories = [_shown(json.loads(json.dumps(r))) for r in records[:MAX_TRAJECTORIES]]
+    left_out = max(0, len(records) - MAX_TRAJECTORIES)
+    empty: dict[str, Any] = {"steps": [], "evaluations": [], "charts": [], "phases": []}
+    write_atomically(output, _page(run=run, total=0.0, trajectories=trajectories, left_out=left_out, **empty))
+    return output
+
+
+def _page(**values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("gpo_fast.report", "."), autoescape=select_autoescape(["html"]), trim_blocks=True
+    )
+    environment.filters["number"] = number
+    return environment.get_template("report.html").render(**values)
 
 
 def number(value: Any, digits: int = 2) -> str:

@@ -73,8 +73,11 @@ def pack_forest(
             another length or outside [1, end of the branch].
     """
     branches = forest.leaves() if branches is None else branches
+    for branch in branches:
+        if not 0 <= branch < len(forest.nodes):
+            raise ValueError(f"the forest has the nodes 0 to {len(forest.nodes) - 1}, got the branch {branch}")
     starts = [forest.nodes[b].start for b in branches] if loss_starts is None else loss_starts
-    _check(forest, branches, starts)
+    _check_starts(forest, branches, starts)
     layout = lay_out(forest, branches)
     tokens, depths = _tokens_and_depths(forest, layout)
     kept = [i for i, (b, start) in enumerate(zip(branches, starts)) if start < forest.nodes[b].end]
@@ -99,12 +102,10 @@ def pack_forest(
     )
 
 
-def _check(forest: TokenForest, branches: Sequence[int], starts: Sequence[int]) -> None:
+def _check_starts(forest: TokenForest, branches: Sequence[int], starts: Sequence[int]) -> None:
     if len(starts) != len(branches):
         raise ValueError(f"{len(branches)} branches need as many loss_starts, got {len(starts)}")
     for branch, start in zip(branches, starts):
-        if not 0 <= branch < len(forest.nodes):
-            raise ValueError(f"the forest has the nodes 0 to {len(forest.nodes) - 1}, got the branch {branch}")
         if not 1 <= start <= forest.nodes[branch].end:
             raise ValueError(
                 f"the path of node {branch} has {forest.nodes[branch].end} tokens; its loss must start at a depth "

@@ -93,6 +93,7 @@ def lay_out(forest: TokenForest, branches: Iterable[int]) -> Layout:
     layout = Layout([], [], [], np.empty(free, dtype=np.int32))
     before = dict.fromkeys(roots, -1)
     span_of: dict[int, int] = {}  # for a node whose run goes on with its parent's span: which one it is
+    seen: list[tuple[Block, int]] = []  # blocks, and the span of their keys
     for node in order:
         start = places[node]
         end = free = start + ends[node] - nodes[node].start
@@ -111,8 +112,11 @@ def lay_out(forest: TokenForest, branches: Iterable[int]) -> Layout:
                 places[child], before[child], free = free, cut - 1, free + sizes[child]
                 if places[child] == cut:  # right behind the run's last token
                     span_of[child] = span
-                    first_query += ends[child] - at
-            if first_query < free:
-                layout.blocks.append(Block(first_query, free, start, cut))
+            seen.append((Block(first_query, free, start, cut), span))
         layout.subtree_end[start:unseen] = free
+    for block, span in seen:
+        # Descendants that go on with the span see these keys in it.
+        first_query = max(block.query_start, layout.spans[span].end)
+        if first_query < block.query_end:
+            layout.blocks.append(block._replace(query_start=first_query))
     return layout

@@ -154,7 +154,8 @@ class Way:
 
 
 def tree_way(case: Case, device: str) -> Way:
-    packed = pack_forest(case.forest, case.branches).to(device)
+    packed = pack_forest(case.forest, case.branches)
+    packed = (packed.filled() if device == "cuda" else packed).to(device)
     inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "tree": packed.tree}
     return Way("tree", [inputs], [packed.rows], [packed.targets], [packed.sequence_ids], [packed.shared])
 

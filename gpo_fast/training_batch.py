@@ -104,7 +104,8 @@ def tree_batches(
     forest, branches = _branches(rows, forest)
     batches = []
     for places in plan_microbatches(forest, branches, max_tokens):
-        packed = pack_forest(forest, [branches[p] for p in places]).to(device)
+        packed = pack_forest(forest, [branches[p] for p in places])
+        packed = (packed.filled() if torch.device(device).type == "cuda" else packed).to(device)
         batches.append(
             TrainingBatch(
                 [rows[places[b]] for b in packed.branches],

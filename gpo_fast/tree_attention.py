@@ -46,6 +46,13 @@ class TreeShape:
     spans: Sequence[tuple[int, int]]  # start, end: causal among themselves; they cover 0..N
     blocks: Sequence[tuple[int, int, int, int]]  # query start, query end, key start, key end: all see all
 
+    def filled(self, length: int) -> TreeShape:
+        """With a tree of `length` - N tokens behind, all in one line."""
+        count = self.subtree_end.shape[0]
+        line = self.subtree_end.new_full((length - count,), length)
+        spans = [*self.spans, (count, length)] if length > count else self.spans
+        return TreeShape(torch.cat([self.subtree_end, line]), spans, self.blocks)
+
     def to(self, device: torch.device | str) -> TreeShape:
         return TreeShape(self.subtree_end.to(device), self.spans, self.blocks)
 
@@ -61,7 +68,9 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeShape, s
         raise ValueError(f"the tree has {tree.subtree_end.shape[0]} tokens, the query {query.shape[0]}")
     if query.device.type == "cpu":
         return _BlockAttention.apply(query, key, value, tree, scale)
-    return attend_flex(query, key, value, tree, scale, compiled_flex())
+    if query.device.type == "cuda":
+        return attend_flex(query, key, value, tree, scale, compiled_flex())
+    raise ValueError(f"tree-packed training runs on cpu and cuda, got {query.device}: train with packing='padded'")
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -162,7 +171,7 @@ def attend_flex(query: Tensor, key: Tensor, value: Tensor, tree: TreeShape, scal
 
 @functools.cache
 def compiled_flex() -> Any:
-    """Compiled once for each length: packed batches for CUDA are filled up to a few lengths (`PackedBatch.filled`)."""
+    """Compiled once for each length, so batches are filled up to one of a few lengths (`PackedBatch.filled`)."""
     return torch.compile(flex_attention, dynamic=False)
 
 

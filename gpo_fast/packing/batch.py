@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,22 @@ class PackedBatch:
     @property
     def unique_tokens(self) -> int:
         return self.input_ids.shape[1]
+
+    def filled(self) -> PackedBatch:
+        """The same batch with unused tokens at its end, up to one of eight lengths between two powers of two.
+
+        What is compiled for a length (FlexAttention) is then compiled for few of them; at most an eighth is added.
+        """
+        count = self.unique_tokens
+        step = max(128, 1 << max(0, count.bit_length() - 4))
+        length = -(-count // step) * step
+        positions = torch.arange(length - count, device=self.position_ids.device)[None]
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, torch.zeros_like(positions)], dim=1),
+            position_ids=torch.cat([self.position_ids, positions], dim=1),
+            tree=self.tree.filled(length),
+        )
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""

@@ -14,6 +14,8 @@ _HOME = {
     "StepSplitter": "gpo_fast.steps",
     "Step": "gpo_fast.steps",
     "TokenForest": "gpo_fast.forest",
+    "pack_forest": "gpo_fast.packing",
+    "PackedBatch": "gpo_fast.packing",
     "PrefixCache": "gpo_fast._C",
     "SamplingParams": "gpo_fast.rollout",
     "Request": "gpo_fast.rollout",

@@ -62,6 +62,8 @@ class GPOConfig(TrainingArguments):
     scale_rewards: bool = _option(True, "Divide a group's advantages by its standard deviation.")
     steps_per_generation: int = _option(1, "Optimiser steps that share one iteration's rollouts.")
     reward_weights: list[float] | None = _option(None, "Weight of each reward function; 1 each if not set.")
+    packing: str = _option("tree", "Train shared tokens once (tree), or each sequence by itself (padded).")
+    self_check_steps: int = _option(0, "Compare tree-packed loss and gradient with the padded ones in so many steps.")
     max_tokens_per_microbatch: int = _option(4096, "Tokens in one forward and backward pass, padding included.")
     max_batch_size: int = _option(64, "Sequences that the rollout engine decodes together.")
     kv_cache_memory: int | None = _option(None, "Bytes for the rollout engine's KV cache; chosen if not set.")
@@ -81,6 +83,10 @@ class GPOConfig(TrainingArguments):
             _one_of("proposal", self.proposal, ("logprob", "entropy", "gradient"))
         if self.search_budget is not None and self.search_budget < 0:
             raise ValueError(f"search_budget must be at least 0, got {self.search_budget}")
+        _one_of("step_splitter", self.step_splitter, ("newline", "paragraph", "sentence", "tokens"))
+        _one_of("packing", self.packing, ("tree", "padded"))
+        if self.self_check_steps < 0:
+            raise ValueError(f"self_check_steps must not be negative, got {self.self_check_steps}")
         for name in ("num_generations", "num_samples", "num_resets", "steps_per_generation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

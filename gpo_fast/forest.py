@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 
 @dataclass
 class Node:
-    """A run of tokens. Its path is its parent's path up to `start` tokens, then its own tokens."""
+    """A run of tokens. Its path is its parent's path up to `start` tokens, then its own tokens.
+
+    The tokens are fixed once the node is made: `tokens` is the same run as an array, int32, for the packer.
+    """
 
     parent: int  # -1: a prompt
     start: int  # depth of the first own token
@@ -17,6 +22,10 @@ class Node:
     logprobs: list[float] = field(default_factory=list)
     reward: float | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    tokens: np.ndarray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = np.asarray(self.token_ids, dtype=np.int32)
 
     @property
     def end(self) -> int:
@@ -74,6 +83,17 @@ class TokenForest:
             tokens[:0] = own.token_ids[: end - own.start]
             node, end = own.parent, own.start
         return tokens
+
+    def structure(self) -> list[tuple[int, int, list[int]]]:
+        """Parent, start and tokens of every node: all that `from_structure` needs, and JSON can hold it."""
+        return [(node.parent, node.start, node.token_ids) for node in self.nodes]
+
+    @classmethod
+    def from_structure(cls, structure: Sequence[Sequence[Any]]) -> TokenForest:
+        """The forest of a `structure`, as it was or read back from JSON."""
+        forest = cls()
+        forest.nodes = [Node(parent, start, list(token_ids)) for parent, start, token_ids in structure]
+        return forest
 
     def leaves(self) -> list[int]:
         """The nodes that stand for trajectories, in the order in which they were added."""

@@ -29,13 +29,17 @@ PhaseCallback = Callable[[str], None]
 
 @dataclass
 class TrainingRow:
-    """Tokens to learn from: `token_ids` were sampled after `context_ids` (prompt and, after a reset, the prefix)."""
+    """Tokens to learn from: `token_ids` were sampled after `context_ids` (prompt and, after a reset, the prefix).
+
+    `node` is the experience's forest node whose own tokens they are; None: it is in no forest.
+    """
 
     context_ids: list[int]
     token_ids: list[int]
     sampling_logprobs: list[float]
     advantage: float
     kind: Literal["base", "reset", "search"]
+    node: int | None = None
 
 
 @dataclass
@@ -126,7 +130,7 @@ class GuidedSampler:
             for c, i, r in zip(base, owner, base_rewards)
         ]
         grouped = base_rewards.reshape(len(examples), config.num_generations)
-        rows = self._rows(base, self._advantages(grouped).ravel(), "base")
+        rows = self._rows(base, self._advantages(grouped).ravel(), "base", nodes)
 
         searched: list[_Searched] = []
         if config.use_gpo:
@@ -179,11 +183,11 @@ class GuidedSampler:
 
     @staticmethod
     def _rows(
-        completions: Sequence[Completion], advantages: Sequence[float] | np.ndarray, kind: Any
+        completions: Sequence[Completion], advantages: Sequence[float] | np.ndarray, kind: Any, nodes: Sequence[int]
     ) -> list[TrainingRow]:
         return [
-            TrainingRow(c.prompt_token_ids, c.token_ids, c.sampling_logprobs, float(a), kind)
-            for c, a in zip(completions, advantages)
+            TrainingRow(c.prompt_token_ids, c.token_ids, c.sampling_logprobs, float(a), kind, node)
+            for c, a, node in zip(completions, advantages, nodes)
         ]
 
     def _choose_searched(
@@ -282,13 +286,15 @@ class GuidedSampler:
             at = len(s.completion.prompt_token_ids) + s.critical.token_position
             reused = s.critical.reusable
             group_rewards = [*group_rewards, *s.critical.reusable_rewards]
-            for c, r in zip([*group, *reused], group_rewards):
+            nodes = [
                 forest.branch(s.node, at, c.token_ids, logprobs=c.logprobs, reward=r)
+                for c, r in zip([*group, *reused], group_rewards)
+            ]
             if len(group_rewards) < 2:
                 continue
             advantages = self._advantages(np.asarray([group_rewards]))[0]
-            rows += self._rows(group, advantages[:width], "reset")
-            rows += self._rows(reused, advantages[width:], "search")
+            rows += self._rows(group, advantages[:width], "reset", nodes[:width])
+            rows += self._rows(reused, advantages[width:], "search", nodes[width:])
         return rows
 
     def _metrics(

@@ -23,13 +23,16 @@ from transformers import Trainer
 import gpo_fast
 from gpo_fast.config import GPOConfig
 from gpo_fast.data import check_dataset
-from gpo_fast.losses import linear_logprob, linear_policy_loss
+from gpo_fast.forest import TokenForest
+from gpo_fast.losses import linear_policy_loss
+from gpo_fast.losses.shared_rows import token_logprobs
 from gpo_fast.procedure import Experience, GuidedSampler, TrainingRow
 from gpo_fast.rewards import RewardFunctions
 from gpo_fast.rollout import RolloutEngine
 from gpo_fast.run_files import COMPLETE_MARK, RunFiles, write_atomically
+from gpo_fast.self_check import compare_gradients, gradient_tolerance
+from gpo_fast.training_batch import TrainingBatch, padded_batches, tree_batches
 
-IGNORED = -100
 KL_ROWS = 8  # rows on which the divergence from the reference is measured when it is not part of the loss
 
 
@@ -145,6 +148,8 @@ class GPOTrainer(Trainer):
         self.on_phase = on_phase or (lambda phase: None)
         self.run_description = run_description or {}
         self._pending: list[list[TrainingRow]] = []  # minibatches of the last experience still to be trained on
+        self._forest = TokenForest()  # the one that their nodes belong to
+        self._self_checks_left = args.self_check_steps if args.packing == "tree" else 0
         self._began = False
 
     # -- Trainer's hooks ------------------------------------------------------------------------------------
@@ -162,7 +167,7 @@ class GPOTrainer(Trainer):
         if not self._pending:
             self.engine.update_weights()
             experience = self.sampler.collect(inputs, seed=self.args.seed * 1_000_003 + step)
-            self._pending = self._minibatches(experience.rows)
+            self._pending, self._forest = self._minibatches(experience.rows), experience.forest
         self.on_phase("train")
         train_start = time.perf_counter()
         loss, metrics = self._update(model, self._pending.pop(0))
@@ -223,6 +228,7 @@ class GPOTrainer(Trainer):
                 raise ValueError(f"{resume_from_checkpoint} is not a whole checkpoint: it has no {COMPLETE_MARK}")
             state = json.loads(mark.read_text(encoding="utf-8"))
             self._pending = [[TrainingRow(**row) for row in batch] for batch in state["pending"]]
+            self._forest = TokenForest.from_structure(state.get("forest", []))
             resume_from_checkpoint = str(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -231,7 +237,9 @@ class GPOTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         # Written last: a checkpoint without it was cut off and is never resumed from.
         pending = [[asdict(row) for row in batch] for batch in self._pending]
-        write_atomically(folder / COMPLETE_MARK, json.dumps({"version": gpo_fast.__version__, "pending": pending}))
+        forest = self._forest.structure() if pending else []
+        state = {"version": gpo_fast.__version__, "pending": pending, "forest": forest}
+        write_atomically(folder / COMPLETE_MARK, json.dumps(state))
 
     # -- the update -----------------------------------------------------------------------------------------
 
@@ -244,118 +252,112 @@ class GPOTrainer(Trainer):
         """Forward and backward over the rows in microbatches; normalisers are those of all rows together."""
         model.train()
         args = self.args
-        num_sequences = max(1, len(rows))
-        num_tokens = max(1, sum(len(r.token_ids) for r in rows))
         # A row without advantage has no gradient unless it is held to the reference.
         useful = [r for r in rows if r.token_ids and (r.advantage != 0 or args.beta > 0 or args.loss_type == "awr")]
-        total = torch.zeros((), device=args.device)
-        sums: dict[str, float] = {}
-        weight = 0
-        for batch in _microbatches(useful, args.max_tokens_per_microbatch):
-            with self.compute_loss_context_manager():
-                hidden, targets, sequence_ids, advantages, old = self._forward(model, batch)
-                reference = self._reference_logprobs(batch) if args.beta > 0 else None
-                output = linear_policy_loss(
-                    hidden,
-                    self._head().weight,
-                    targets,
-                    loss_type=args.loss_type,  # type: ignore[arg-type]
-                    advantages=advantages,
-                    sequence_ids=sequence_ids,
-                    old_logprobs=old if args.steps_per_generation > 1 else None,
-                    ref_logprobs=reference,
-                    num_sequences=num_sequences,
-                    num_tokens=num_tokens,
-                    epsilon=args.epsilon,
-                    epsilon_high=args.epsilon_high,
-                    beta=args.beta,
-                    max_completion_length=args.max_completion_length,
-                    temperature=args.temperature,
-                    **self._head_options(),
-                )
-            self.accelerator.backward(output.loss)
-            total += output.loss.detach()
-            tokens = len(targets)
-            weight += tokens
-            for name, value in output.metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * tokens
-            sums["logprob"] = sums.get("logprob", 0.0) + float(output.logprobs.sum())
-        metrics = {name: value / weight for name, value in sums.items()} if weight else {}
+        check = self._self_checks_left > 0 and bool(useful)
+        if check:
+            self._self_checks_left -= 1
+            expected = self._padded_gradients(model, rows, useful)
+        total, sums, logprobs = self._backward(rows, self._batches(useful))
+        if check:
+            compare_gradients(model, total, *expected, tolerance=gradient_tolerance(model, self.args.bf16))
+        num_tokens = sum(len(r.token_ids) for r in useful)
+        metrics = {name: value / num_tokens for name, value in sums.items()} if useful else {}
         metrics["trained_rows"] = float(len(useful))
         if args.beta == 0 and self._is_peft and useful:
-            metrics["kl"] = self._measured_kl(model, useful[:: max(1, len(useful) // KL_ROWS)][:KL_ROWS])
+            few = useful[:: max(1, len(useful) // KL_ROWS)][:KL_ROWS]
+            metrics["kl"] = self._measured_kl(few, logprobs)
         return total, metrics
 
-    def _forward(self, model: Any, rows: Sequence[TrainingRow]) -> tuple[torch.Tensor, ...]:
-        """Hidden states of the positions that predict a row's tokens: (T, H), with targets and the rest."""
-        device = self.args.device
-        lengths = [len(r.context_ids) + len(r.token_ids) for r in rows]
-        width = max(lengths)
-        # Padding stands on the right, so the causal mask alone keeps it from being seen: no mask is needed.
-        input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            input_ids[i, : lengths[i]] = torch.tensor([*row.context_ids, *row.token_ids])
-        positions = torch.arange(width).expand(len(rows), -1)
-        decoder = self._base_model().get_decoder()
-        hidden = decoder(
-            input_ids=input_ids.to(device), position_ids=positions.to(device), use_cache=False
-        ).last_hidden_state
-        picked = torch.cat(
-            [
-                i * width + torch.arange(len(r.context_ids) - 1, len(r.context_ids) + len(r.token_ids) - 1)
-                for i, r in enumerate(rows)
-            ]
-        )
-        counts = torch.tensor([len(r.token_ids) for r in rows])
-        return (
-            hidden.flatten(0, 1)[picked.to(device)],
-            torch.tensor([t for r in rows for t in r.token_ids], device=device),
-            torch.repeat_interleave(torch.arange(len(rows)), counts).to(device),
-            torch.tensor([r.advantage for r in rows], dtype=torch.float32, device=device),
-            torch.tensor([p for r in rows for p in r.sampling_logprobs], dtype=torch.float32, device=device),
-        )
+    def _batches(self, rows: Sequence[TrainingRow], packing: str | None = None) -> list[TrainingBatch]:
+        budget, device = self.args.max_tokens_per_microbatch, self.args.device
+        if (packing or self.args.packing) == "padded":
+            return padded_batches(rows, budget, device)
+        return tree_batches(rows, self._forest, budget, device)
+
+    def _backward(
+        self, rows: Sequence[TrainingRow], batches: Sequence[TrainingBatch]
+    ) -> tuple[torch.Tensor, dict[str, float], dict[int, torch.Tensor]]:
+        """Adds to the gradients; gives the loss, sums of metrics over tokens, and each row's logprobs by its id."""
+        args = self.args
+        total = torch.zeros((), device=args.device)
+        sums: dict[str, float] = {}
+        logprobs: dict[int, torch.Tensor] = {}
+        for batch in batches:
+            with batch.attention(self.model):
+                with self.compute_loss_context_manager():
+                    reference = self._reference_logprobs(batch) if args.beta > 0 else None
+                    output = linear_policy_loss(
+                        batch.hidden(self._base_model().get_decoder()),
+                        self._head().weight,
+                        batch.targets,
+                        loss_type=args.loss_type,  # type: ignore[arg-type]
+                        advantages=batch.advantages,
+                        sequence_ids=batch.sequence_ids,
+                        shared=batch.shared,
+                        old_logprobs=batch.old_logprobs if args.steps_per_generation > 1 else None,
+                        ref_logprobs=reference,
+                        num_sequences=max(1, len(rows)),
+                        num_tokens=max(1, sum(len(r.token_ids) for r in rows)),
+                        epsilon=args.epsilon,
+                        epsilon_high=args.epsilon_high,
+                        beta=args.beta,
+                        max_completion_length=args.max_completion_length,
+                        temperature=args.temperature,
+                        **self._head_options(),
+                    )
+                self.accelerator.backward(output.loss)
+            total += output.loss.detach()
+            for name, value in output.metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(batch.targets)
+            sums["logprob"] = sums.get("logprob", 0.0) + float(output.logprobs.sum())
+            lengths = [len(row.token_ids) for row in batch.rows]
+            logprobs |= {id(row): own for row, own in zip(batch.rows, output.logprobs.split(lengths))}
+        return total, sums, logprobs
 
     @torch.no_grad()
-    def _reference_logprobs(self, rows: Sequence[TrainingRow]) -> torch.Tensor:
-        """Log-probabilities of the rows' tokens under the reference: the base without adapter, or a frozen copy."""
+    def _reference_logprobs(self, batch: TrainingBatch) -> torch.Tensor:
+        """Log-probabilities [T] under the reference: the base without adapter, or a frozen copy."""
         model = self._reference if self._reference is not None else self.model
-        with model.disable_adapter() if self._is_peft else nullcontext():
-            original, self.model = self.model, model
-            try:
-                hidden, targets, *_ = self._forward(model, rows)
-                return linear_logprob(
-                    hidden,
-                    self._head().weight,
-                    targets,
-                    temperature=self.args.temperature,
-                    **self._head_options(),
-                )
-            finally:
-                self.model = original
+        base = _base_of(model)
+        with batch.attention(model), model.disable_adapter() if self._is_peft else nullcontext():
+            logprobs, _ = token_logprobs(
+                batch.hidden(base.get_decoder()),
+                base.get_output_embeddings().weight,
+                batch.targets,
+                batch.shared,
+                lora=None,
+                temperature=self.args.temperature,
+                want_entropy=False,
+                entropy_needs_grad=False,
+                **self._head_options(),
+            )
+        return logprobs
 
-    @torch.no_grad()
-    def _measured_kl(self, model: Any, rows: Sequence[TrainingRow]) -> float:
+    def _measured_kl(self, rows: Sequence[TrainingRow], logprobs: dict[int, torch.Tensor]) -> float:
         """Schulman's k3 estimate of KL(policy || reference) per token, on a few rows."""
         estimates = []
-        for batch in _microbatches(rows, self.args.max_tokens_per_microbatch):
+        for batch in self._batches(rows):
             with self.compute_loss_context_manager():
                 reference = self._reference_logprobs(batch)
-                hidden, targets, *_ = self._forward(model, batch)
-                own = linear_logprob(
-                    hidden,
-                    self._head().weight,
-                    targets,
-                    temperature=self.args.temperature,
-                    **self._head_options(),
-                )
+            own = torch.cat([logprobs[id(row)] for row in batch.rows])
             difference = reference.double() - own.double()
             estimates.append(torch.expm1(difference) - difference)
         return float(torch.cat(estimates).mean())
 
+    def _padded_gradients(
+        self, model: Any, rows: Sequence[TrainingRow], useful: Sequence[TrainingRow]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and gradients of the padded batch; the model's own gradients are left empty."""
+        loss, *_ = self._backward(rows, self._batches(useful, "padded"))
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return loss, gradients
+
     # -- the model's parts ----------------------------------------------------------------------------------
 
     def _base_model(self) -> Any:
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return _base_of(self.model)
 
     def _head(self) -> torch.nn.Linear:
         head = self._base_model().get_output_embeddings()
@@ -394,17 +396,9 @@ def _own_fields() -> set[str]:
     return {*GPOConfig.__annotations__, "per_device_train_batch_size", "max_steps", "seed", "weight_decay"}
 
 
-def _microbatches(rows: Sequence[TrainingRow], max_tokens: int) -> list[list[TrainingRow]]:
-    """Rows of similar length together; a batch holds at most `max_tokens` tokens with padding, or one row."""
-    ordered = sorted(rows, key=lambda r: -(len(r.context_ids) + len(r.token_ids)))
-    batches: list[list[TrainingRow]] = []
-    width = 0
-    for row in ordered:
-        if not batches or width * (len(batches[-1]) + 1) > max_tokens:
-            batches.append([])
-            width = len(row.context_ids) + len(row.token_ids)
-        batches[-1].append(row)
-    return batches
+def _base_of(model: Any) -> Any:
+    """The transformers model inside of PEFT's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _check_tokenizer(tokenizer: Any) -> None:

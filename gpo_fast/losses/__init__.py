@@ -4,5 +4,6 @@ from gpo_fast.losses.linear_logprob import linear_logprob
 from gpo_fast.losses.policy import linear_policy_loss
 from gpo_fast.losses.preference import linear_preference_loss
 from gpo_fast.losses.sequences import LossOutput
+from gpo_fast.losses.shared_rows import SharedRows
 
-__all__ = ["LossOutput", "linear_logprob", "linear_policy_loss", "linear_preference_loss"]
+__all__ = ["LossOutput", "SharedRows", "linear_logprob", "linear_policy_loss", "linear_preference_loss"]

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from gpo_fast.losses.head import IGNORED
-from gpo_fast.losses.linear_logprob import logprobs_and_entropy
 from gpo_fast.losses.sequences import LossOutput, Sequences, count_or, masked_mean, sequences_of
+from gpo_fast.losses.shared_rows import SharedRows, token_logprobs
 
 PolicyLoss = Literal["awr", "ppo", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -73,6 +73,7 @@ def linear_policy_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
+    shared: SharedRows | None = None,
 ) -> LossOutput:
     """A policy-gradient loss straight from hidden states. Minimise `loss`.
 
@@ -108,6 +109,8 @@ def linear_policy_loss(
         max_completion_length: of "dr_grpo".
         entropy_coef: the loss gets minus this times the mean (weighted) entropy of the tokens.
         return_entropy: compute the entropies even where the loss does not need them.
+        shared: for the tokens of a packed forest (`pack_forest`): hidden is then (R, H), targets stays (T,), and
+            each distinct pair of row and target is computed once.
 
     Returns:
         LossOutput with the metrics ratio_mean, clip_fraction_low, clip_fraction_high, approx_kl (between the
@@ -139,15 +142,15 @@ def linear_policy_loss(
         # A token without weight adds nothing; the sequence ratios of the other two losses are still made of
         # it.
         needed = torch.where(weights == 0, IGNORED, targets)
-    logprobs, entropy = logprobs_and_entropy(
+    logprobs, entropy = token_logprobs(
         hidden,
         weight,
         needed,
+        shared,
         bias=bias,
         temperature=temperature,
         softcap=softcap,
         lora=lora,
-        row_offsets=None,
         want_entropy=return_entropy or entropy_coef != 0.0,
         entropy_needs_grad=entropy_coef != 0.0 and torch.is_grad_enabled(),
     )

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpo_fast.losses.head import IGNORED
-from gpo_fast.losses.linear_logprob import logprobs_and_entropy
 from gpo_fast.losses.sequences import LossOutput, Sequences, count_or, sequences_of
+from gpo_fast.losses.shared_rows import SharedRows, token_logprobs
 
 PreferenceLoss = Literal["dpo", "kto", "simpo", "orpo"]
 
@@ -46,6 +46,7 @@ def linear_preference_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
+    shared: SharedRows | None = None,
 ) -> LossOutput:
     """A preference loss straight from hidden states; the formulas are at the head of this module.
 
@@ -65,6 +66,8 @@ def linear_preference_loss(
         desirable_weight, undesirable_weight: for "kto".
         num_examples, num_tokens: replace the number of pairs (of sequences for "kto") and, in the likelihood term
             of "orpo", of chosen tokens, as the counts of `linear_policy_loss` do.
+        shared: for the tokens of a packed forest (`pack_forest`): hidden is then (R, H), targets stays (T,), and
+            each distinct pair of row and target is computed once.
 
     Returns:
         LossOutput with the metrics rewards_chosen, rewards_rejected (means of beta times the log-ratio, of beta
@@ -77,15 +80,15 @@ def linear_preference_loss(
     sequences = sequences_of(targets, sequence_ids)
     if loss_type != "kto" and sequences.count % 2:
         raise ValueError(f"{loss_type} needs pairs: the number of sequences must be even, got {sequences.count}")
-    logprobs, entropy = logprobs_and_entropy(
+    logprobs, entropy = token_logprobs(
         hidden,
         weight,
         targets,
+        shared,
         bias=bias,
         temperature=temperature,
         softcap=softcap,
         lora=lora,
-        row_offsets=None,
         want_entropy=return_entropy,
         entropy_needs_grad=False,
     )

@@ -1,0 +1,55 @@
+"""Loss tokens that share rows of hidden states, as the branches of a packed forest do."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpo_fast.losses.head import IGNORED
+from gpo_fast.losses.linear_logprob import logprobs_and_entropy
+
+
+class SharedRows(NamedTuple):
+    """Which distinct (row, target) pair each of T loss tokens is.
+
+    Row r of hidden (R, H) has the targets[row_offsets[r]:row_offsets[r + 1]], distinct within the row.
+    """
+
+    targets: Tensor  # int64 (K,)
+    row_offsets: Tensor  # int64 (R + 1,)
+    pair_of_token: Tensor  # int64 (T,)
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, shared: SharedRows | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of the shape of `targets`; each pair is computed once.
+
+    Args:
+        hidden: (R, H) with `shared`, where `targets` is (T,); otherwise as `linear_logprob` takes it.
+        targets: -100 where ignored.
+        options: of `logprobs_and_entropy`.
+
+    Raises:
+        ValueError: `shared` does not fit `targets`.
+    """
+    if shared is None:
+        return logprobs_and_entropy(hidden, weight, targets, row_offsets=None, **options)
+    if shared.pair_of_token.shape != targets.shape:
+        raise ValueError(
+            f"shared.pair_of_token must have the shape {tuple(targets.shape)} of targets, got "
+            f"{tuple(shared.pair_of_token.shape)}"
+        )
+    pairs, entropies = logprobs_and_entropy(hidden, weight, shared.targets, row_offsets=shared.row_offsets, **options)
+    row_of_pair = torch.repeat_interleave(
+        torch.arange(hidden.shape[0], device=hidden.device),
+        shared.row_offsets.diff(),
+        output_size=shared.targets.shape[0],
+    )
+    kept = targets != IGNORED
+    return (
+        torch.where(kept, pairs[shared.pair_of_token], 0.0),
+        torch.where(kept, entropies[row_of_pair[shared.pair_of_token]], 0.0),
+    )

@@ -1,0 +1,74 @@
+"""Which branches are packed together, so that no batch holds more unique tokens than a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpo_fast.forest import TokenForest
+
+
+def plan_microbatches(forest: TokenForest, branches: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Lists of places in `branches`, each to be packed by itself.
+
+    Trees go to batches first-fit decreasing by their unique tokens. A tree above the budget is cut between branches
+    that are neighbours in depth-first order; each part carries the ancestors of its branches, so nothing but the
+    sharing across the cut is lost. A single branch above the budget is a batch of its own.
+
+    Raises:
+        ValueError: max_tokens below 1.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    batches: list[list[int]] = []
+    sizes: list[int] = []
+    parts = [part for tree in _trees(forest, branches) for part in _cut(forest, branches, tree, max_tokens)]
+    for size, places in sorted(parts, key=lambda part: -part[0]):
+        fits = next((i for i, used in enumerate(sizes) if used + size <= max_tokens), None)
+        if fits is None:
+            batches.append(places)
+            sizes.append(size)
+        else:
+            batches[fits] += places
+            sizes[fits] += size
+    return batches
+
+
+def _trees(forest: TokenForest, branches: Sequence[int]) -> list[list[int]]:
+    """The places of each tree's branches, in depth-first order."""
+    trees: dict[int, list[tuple[list[tuple[int, int]], int]]] = {}
+    for place, branch in enumerate(branches):
+        lineage: list[tuple[int, int]] = []
+        while branch != -1:
+            lineage.append((-forest.nodes[branch].start, branch))
+            root, branch = branch, forest.nodes[branch].parent
+        trees.setdefault(root, []).append((lineage[::-1], place))
+    return [[place for _, place in sorted(tree)] for tree in trees.values()]
+
+
+def _cut(
+    forest: TokenForest, branches: Sequence[int], tree: Sequence[int], max_tokens: int
+) -> list[tuple[int, list[int]]]:
+    """(unique tokens, places) of the parts of a tree: each takes branches as long as they fit."""
+    parts: list[tuple[int, list[int]]] = []
+    ends: dict[int, int] = {}
+    for place in tree:
+        added = _extend(forest, ends, branches[place])
+        if parts and parts[-1][0] + added <= max_tokens:
+            parts[-1] = (parts[-1][0] + added, [*parts[-1][1], place])
+            continue
+        if parts:
+            ends = {}
+            added = _extend(forest, ends, branches[place])
+        parts.append((added, [place]))
+    return parts
+
+
+def _extend(forest: TokenForest, ends: dict[int, int], branch: int) -> int:
+    """Makes `ends` (as `layout.needed_ends`) hold the branch too; the number of tokens that this adds."""
+    nodes, added = forest.nodes, 0
+    node, end = branch, nodes[branch].end
+    while node != -1 and ends.get(node, -1) < end:
+        added += end - ends.get(node, nodes[node].start)
+        ends[node] = end
+        node, end = nodes[node].parent, nodes[node].start
+    return added

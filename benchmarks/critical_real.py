@@ -70,6 +70,8 @@ def main() -> None:
     model, tokenizer = warmed(options.warm, options.warmup_steps)
     engine = RolloutEngine(model, tokenizer, max_batch_size=128)
     failing, accuracy = failing_trajectories(engine, count)
+    if not failing:
+        raise SystemExit(f"no group of {GROUP} has right and wrong rollouts: the warm-up was too short or too long")
     results = [search(engine, failing, "uniform", n) for n in (2, 4, 12, 32)]
     results += [search(engine, failing, "racing", n) for n in (2, 4, 12)]
     results += [search(engine, failing, "racing", 4, proposal=p) for p in ("logprob", "entropy", "gradient")]
@@ -89,7 +91,12 @@ def warmed(folder: Path | None, steps: int) -> tuple[Any, Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model, tokenizer = load_demo_model(torch.float32)
-    warm_up(model, tokenizer, steps=steps, on_step=lambda step, loss: print(f"warm-up {step}/{steps} loss {loss:.3f}"))
+    warm_up(
+        model,
+        tokenizer,
+        steps=steps,
+        on_step=lambda step, loss: print(f"warm-up {step}/{steps} loss {loss:.3f}", flush=True),
+    )
     model = model.to(torch.bfloat16).eval()
     if folder is not None:
         model.save_pretrained(folder)

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from gpo_fast.critical.finder import check_options
 from gpo_fast.rollout.types import SamplingParams
+from gpo_fast.steps import METHODS, StepSplitter
 
 LOSS_TYPES = ("grpo", "awr", "ppo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
 
@@ -53,9 +54,11 @@ class GPOConfig(TrainingArguments):
     max_searches: int | None = _option(None, "At most so many trajectories are searched per iteration.")
     search_budget: float | None = _option(None, "Most tokens of all searches, as a share of the base rollouts'.")
     reuse: str = _option("none", "Also train on the search's samples of the critical step: none, split or all.")
-    step_splitter: str = _option("newline", "What a step is: newline, paragraph, sentence or tokens.")
+    step_splitter: Any = _option("newline", f"What a step is: {', '.join(METHODS)}, or a function.")
+    step_pattern: str | None = _option(None, "Regular expression of the end of a step, for the splitter regex.")
     min_step_tokens: int = _option(4, "A shorter step is merged with its neighbour.")
     max_steps_per_trajectory: int = _option(64, "A trajectory with more steps is thinned evenly.")
+    min_steps_per_trajectory: int = _option(1, "A trajectory with fewer steps has its longest ones halved.")
     beta: float = _option(0.0, "Weight of the KL penalty against the reference model.")
     epsilon: float = _option(0.2, "Clip range of the probability ratio.")
     epsilon_high: float | None = _option(None, "Upper clip range; epsilon if not set.")
@@ -77,6 +80,8 @@ class GPOConfig(TrainingArguments):
         _one_of("reset", self.reset, ("before", "after"))
         _one_of("estimator", self.estimator, ("uniform", "racing", "bisect"))
         _one_of("reuse", self.reuse, ("none", "split", "all"))
+        if not callable(self.step_splitter):
+            _one_of("step_splitter", self.step_splitter, METHODS)
         if not callable(self.search):
             _one_of("search", self.search, ("mixed", "all"))
         if self.proposal is not None and not callable(self.proposal):
@@ -103,7 +108,18 @@ class GPOConfig(TrainingArguments):
             raise ValueError("steps_per_generation above 1 needs unfiltered sampling (top_k=0, top_p=1, min_p=0)")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0 in training, got {self.temperature}")
-        self.sampling_params()  # checks the rest
+        self.sampling_params()  # these two check the rest
+        self.splitter()
+
+    def splitter(self) -> StepSplitter:
+        """How trajectories are split into steps."""
+        return StepSplitter(
+            self.step_splitter,
+            pattern=self.step_pattern,
+            min_tokens=self.min_step_tokens,
+            max_steps=self.max_steps_per_trajectory,
+            min_steps=self.min_steps_per_trajectory,
+        )
 
     def sampling_params(self, **changes: Any) -> SamplingParams:
         """How completions are drawn in training."""

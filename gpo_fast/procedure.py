@@ -22,7 +22,6 @@ from gpo_fast.data import Example, columns_of, decode_completion, encode_prompt,
 from gpo_fast.forest import TokenForest
 from gpo_fast.rewards import RewardFunctions
 from gpo_fast.rollout.types import Completion, Request
-from gpo_fast.steps import StepSplitter
 
 PhaseCallback = Callable[[str], None]
 
@@ -103,9 +102,7 @@ class GuidedSampler:
         self.config = config
         self.max_length = max_length
         self.on_phase = on_phase
-        self.splitter = StepSplitter(
-            config.step_splitter, min_tokens=config.min_step_tokens, max_steps=config.max_steps_per_trajectory
-        )
+        self.splitter = config.splitter()
 
     def collect(self, examples: Sequence[Example], seed: int) -> Experience:
         """One iteration's experience. The same seed and weights give the same experience."""

@@ -63,9 +63,9 @@ def world(right: Sequence[float], repair: Sequence[float], loop: tuple[float, fl
     return World(table, steps)
 
 
-def even(steps: int = 10, right: float = 0.9, repair: float = 0.0) -> World:
+def even(steps: int = 10, right: float = 0.9, repair: float = 0.0, loop: tuple[float, float] = (0.2, 0.4)) -> World:
     """Every step is equally hard."""
-    return world([right] * steps, [repair] * steps)
+    return world([right] * steps, [repair] * steps, loop)
 
 
 def pivotal(pivot: int, steps: int = 12, slip: float = 0.005) -> World:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gpo_fast import CriticalStepFinder, RolloutEngine, SamplingParams
+from gpo_fast.critical.proposals import GradientScore, TokenEntropy, logprob_dip
 from gpo_fast.critical.step import SCORES
 from gpo_fast.critical.value_model import VALUES, _transition, sample_paths
 
@@ -275,6 +276,49 @@ def test_split_costs_no_more_and_keeps_the_halves_apart() -> None:
         chosen = step.continuation_rewards[step.reset_state][:2]
         assert step.values[step.reset_state] == np.mean(chosen)
     assert all(not s.reusable for s in finder(backend, n_samples=4).find(drawn))
+
+
+# -- proposals ----------------------------------------------------------------------------------------------------
+
+
+def test_a_proposal_orders_the_search_and_never_decides_it() -> None:
+    world = exact.pivotal(7)
+    backend = exact.ChainBackend(world)
+    drawn = exact.trajectories(backend, 30, seed=4, outcome=0.0)
+
+    def favourite(step: int):
+        return lambda completions, steps: [[float(i == step) for i in range(len(row))] for row in steps]
+
+    for estimator, n in (("racing", 12), ("bisect", 64)):
+        for wrong in (1, 10):
+            options = {"n_samples": n, "estimator": estimator, "criterion": "min", "proposal": favourite(wrong)}
+            found = finder(backend, **options).find(drawn, root_values=[[1.0, 0.0]] * 30)
+            assert sum(f.index == 7 for f in found) >= 26
+    told = finder(backend, n_samples=8, estimator="bisect", criterion="min", proposal=favourite(7))
+    plain = finder(backend, n_samples=8, estimator="bisect", criterion="min")
+    costs = [sum(f.num_rollouts for f in s.find(drawn, root_values=[[1.0, 0.0]] * 30)) for s in (told, plain)]
+    assert costs[0] < costs[1]
+
+
+def test_proposals_of_a_known_model() -> None:
+    world = exact.even(4, 0.7, repair=0.0, loop=(0.0, 0.0))
+    model = exact.table_model(world)
+    drawn = exact.trajectories(exact.ChainBackend(world), 3, seed=0, outcome=0.0)
+    steps = [exact.splitter().split(c.token_ids, None) for c in drawn]
+    entropies = TokenEntropy(model)(drawn, steps)
+    for trajectory, scores in zip(drawn, entropies):
+        before = [exact.PROMPT, *trajectory.token_ids]
+        rows = [world.table[before[i]] for i in range(len(scores))]
+        truth = [-sum(p * math.log(p) for p in row if p > 0) for row in rows]
+        np.testing.assert_allclose(scores, truth, rtol=1e-3, atol=1e-4)
+    # In a Markov chain the outcome hangs on the last step before it and on no other.
+    for scores in GradientScore(model)(drawn, steps):
+        assert scores[-1] == 0.0
+        assert scores[-2] > 0.0
+        assert max(scores[:-2]) <= 1e-6 * scores[-2]
+    drawn[0].logprobs[:] = [-float(i) for i in range(len(drawn[0].logprobs))]
+    dips = logprob_dip(drawn[:1], steps[:1])[0]
+    assert dips == [float(s.end - 1) for s in steps[0]]
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------

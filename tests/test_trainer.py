@@ -17,7 +17,7 @@ from peft import LoraConfig
 
 from gpo_fast import GPOConfig, GPOTrainer
 from gpo_fast.config import load_config
-from gpo_fast.procedure import TrainingRow
+from gpo_fast.procedure import GuidedSampler, TrainingRow
 from gpo_fast.report import write_report
 from gpo_fast.run_files import COMPLETE_MARK, RunFiles, last_checkpoint, read_records
 
@@ -85,6 +85,26 @@ def test_a_run_says_what_it_did(tmp_path: Path) -> None:
     assert all(t["steps"] and 0 <= t["critical"] < len(t["steps"]) for t in trajectories)
     assert sum(b["kind"] == "reset" for b in trajectories[0]["branches"]) == 2
     assert (last_checkpoint(tmp_path / "run") or Path()).name == "checkpoint-6"
+
+
+def test_the_search_is_chosen_by_a_rule_and_a_budget(tmp_path: Path) -> None:
+    def second_of_each(rewards):
+        return [group * rewards.shape[1] + 1 for group in range(len(rewards))]
+
+    run = trainer(tmp_path / "run", search=second_of_each, reuse="split", estimator="uniform", max_steps=1)
+    run.train()
+    record = deterministic(tmp_path / "run")[0]
+    assert record["num_searches"] == 4
+    assert record["search_rollouts_saved"] == 0
+    assert record["num_reused"] <= 4
+    for budget, most in ((0.0, 0), (0.4, 3)):
+        sampler = GuidedSampler(run.engine, run.rewards, config(tmp_path, search="all", search_budget=budget), 64)
+        metrics = sampler.collect(PROMPTS[:2], seed=1).metrics
+        assert metrics["num_searches"] <= most
+        # Continuations may be longer than what was left of the trajectory; here all are cut at the same length.
+        assert metrics["num_search_tokens"] <= max(budget, 0.0) * metrics["num_tokens"]
+    with pytest.raises(ValueError, match="only the trajectories 0 to 7"):
+        GuidedSampler(run.engine, run.rewards, config(tmp_path, search=lambda r: [8]), 64).collect(PROMPTS[:2], seed=1)
 
 
 def test_the_update_is_that_of_plain_grpo(tmp_path: Path) -> None:

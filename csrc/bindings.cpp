@@ -7,6 +7,7 @@ namespace gpo_fast {
 void bind_prefix_cache(py::module_& module);
 void bind_paged_attention(py::module_& module);
 void bind_cpu_losses(py::module_& module);
+void bind_packing(py::module_& module);
 }  // namespace gpo_fast
 
 PYBIND11_MODULE(_C, module) {
@@ -14,4 +15,5 @@ PYBIND11_MODULE(_C, module) {
     gpo_fast::bind_prefix_cache(module);
     gpo_fast::bind_paged_attention(module);
     gpo_fast::bind_cpu_losses(module);
+    gpo_fast::bind_packing(module);
 }

@@ -12,7 +12,9 @@ Peers, all with the same model, head and loss:
 - one level: the longest prefix that all branches of a tree share once, then the rest of each branch behind it, with
   torch's scaled_dot_product_attention: the way of PrefixGrouper (arXiv 2506.05433), written afresh.
 
-`time ratio / token ratio` is the share of the tokens saved that comes back as time saved; 1 is all of it.
+`share` is time ratio / token ratio: 1 if each token saved were time saved. It cannot be 1, since packing saves no work
+in the output head (which runs on loss tokens alone, in every way) and less of the attention than of the tokens (a
+branch still reads its ancestors' keys): `FLOP ratio` is the ratio of the operations that each way has to do.
 """
 
 from __future__ import annotations
@@ -151,6 +153,25 @@ class Way:
     @property
     def tokens(self) -> int:
         return sum(i["input_ids"].numel() for i in self.inputs)
+
+    def flops(self, model: Any) -> float:
+        """Of the matrix products of forward and backward; the head's logits are computed twice."""
+        config, head = model.config, model.lm_head.weight
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers = sum(p.numel() for p in model.model.layers.parameters())
+        pairs = sum(map(self._pairs, self.inputs))
+        attention = 14 * pairs * config.num_attention_heads * width * config.num_hidden_layers
+        return 6 * layers * self.tokens + attention + 8 * head.numel() * sum(len(t) for t in self.targets)
+
+    def _pairs(self, inputs: dict[str, Any]) -> int:
+        """Pairs of query and key that attention goes through."""
+        rows, length = inputs["input_ids"].shape
+        if self.attention == "tree":
+            return int(inputs["position_ids"].sum()) + length
+        if self.attention == "sdpa":
+            return rows * length * (length + 1) // 2
+        prefix, count, width = inputs["shape"]
+        return prefix * (prefix + 1) // 2 + count * width * (prefix + width)
 
 
 def tree_way(case: Case, device: str) -> Way:
@@ -333,6 +354,7 @@ def measure(model: Any, case: Case, repeats: int, autocast: bool, device: str) -
             "token_ratio": token_ratio,
             "time_ratio": time_ratio,
             "share": time_ratio / token_ratio,
+            "flop_ratio": way.flops(model) / ways["tree (ours)"].flops(model),
             "gradient_distance": errors[name],
         }
     return result
@@ -357,7 +379,18 @@ def _peak(device: str) -> int:
 
 def show(case: Case, result: dict[str, dict[str, Any]]) -> None:
     table = Table(title=f"{case.name}: {case.forest.unique_tokens} unique tokens")
-    for column in ("way", "tokens", "seconds", "spread", "peak MiB", "token ratio", "time ratio", "share", "off"):
+    for column in (
+        "way",
+        "tokens",
+        "seconds",
+        "spread",
+        "peak MiB",
+        "token ratio",
+        "FLOP ratio",
+        "time ratio",
+        "share",
+        "off",
+    ):
         table.add_column(column, justify="left" if column == "way" else "right")
     for name, row in result.items():
         spread = f"{min(row['seconds_all']):.2f}-{max(row['seconds_all']):.2f}"
@@ -368,11 +401,12 @@ def show(case: Case, result: dict[str, dict[str, Any]]) -> None:
             spread,
             f"{row['peak_mib']:,.0f}",
             f"{row['token_ratio']:.2f}",
+            f"{row['flop_ratio']:.2f}",
             f"{row['time_ratio']:.2f}",
             f"{row['share']:.2f}",
             f"{row['gradient_distance']:.1e}",
         )
-    Console(width=120).print(table)
+    Console(width=130).print(table)
 
 
 def machine(device: str) -> dict[str, Any]:

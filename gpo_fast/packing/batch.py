@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gpo_fast import _C
 from gpo_fast.forest import TokenForest
 from gpo_fast.losses.shared_rows import SharedRows
 from gpo_fast.packing.layout import Layout, lay_out
@@ -95,24 +95,17 @@ def pack_forest(
     starts = [forest.nodes[b].start for b in branches] if loss_starts is None else loss_starts
     _check_starts(forest, branches, starts)
     layout = lay_out(forest, branches)
-    tokens, depths = _tokens_and_depths(forest, layout)
-    kept = [i for i, (b, start) in enumerate(zip(branches, starts)) if start < forest.nodes[b].end]
+    kept = [place for place, branch in enumerate(branches) if starts[place] < forest.nodes[branch].end]
     ranges = _loss_ranges(forest, layout, [branches[i] for i in kept], [starts[i] for i in kept])
-    pairs = _Pairs.of(layout, tokens, ranges)
-    positions = np.concatenate([np.arange(start, end) for own in ranges for start, end in own])
-    counts = [sum(end - start for start, end in own) for own in ranges]
+    arrays = _fill(forest, layout, ranges)
     return PackedBatch(
-        input_ids=torch.from_numpy(tokens)[None],
-        position_ids=torch.from_numpy(depths)[None],
+        input_ids=arrays["input_ids"][None],
+        position_ids=arrays["position_ids"][None],
         tree=TreeShape(torch.from_numpy(layout.subtree_end), layout.spans, layout.blocks),
-        rows=torch.from_numpy(pairs.rows),
-        shared=SharedRows(
-            torch.from_numpy(pairs.targets),
-            torch.from_numpy(pairs.row_offsets),
-            torch.from_numpy(pairs.of_position[positions]),
-        ),
-        targets=torch.from_numpy(tokens[positions]),
-        sequence_ids=torch.from_numpy(np.repeat(np.arange(len(kept)), counts)),
+        rows=arrays["rows"],
+        shared=SharedRows(arrays["pair_targets"], arrays["row_offsets"], arrays["pair_of_token"]),
+        targets=arrays["targets"],
+        sequence_ids=arrays["sequence_ids"],
         branches=kept,
         padded_tokens=sum(forest.nodes[b].end for b in branches),
     )
@@ -131,79 +124,40 @@ def _check_starts(forest: TokenForest, branches: Sequence[int], starts: Sequence
         raise ValueError("nothing to train: no branch has a token with a loss")
 
 
-def _tokens_and_depths(forest: TokenForest, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.empty(len(layout.subtree_end), dtype=np.int64)
-    depths = np.empty_like(tokens)
-    for run in layout.runs:
-        node, length = forest.nodes[run.node], run.end - run.start
-        tokens[run.start : run.end] = node.tokens[:length]
-        depths[run.start : run.end] = np.arange(node.start, node.start + length)
-    return tokens, depths
-
-
 def _loss_ranges(
     forest: TokenForest, layout: Layout, branches: Sequence[int], starts: Sequence[int]
-) -> list[list[tuple[int, int]]]:
-    """For each branch the positions of its loss tokens, as ranges from the shallowest to the deepest."""
+) -> list[tuple[int, int, int]]:
+    """Start, end and sequence of ranges of positions, which in turn hold the loss tokens of each branch."""
     first = {run.node: run.start for run in layout.runs}
-    ranges = []
-    for branch, start in zip(branches, starts):
-        own: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int, int]] = []
+    for sequence, (branch, start) in enumerate(zip(branches, starts)):
+        own: list[tuple[int, int, int]] = []
         node, end = branch, forest.nodes[branch].end
         while node != -1 and end > start:
             begin = forest.nodes[node].start
             if end > begin:
                 offset = first[node] - begin
-                own.append((max(begin, start) + offset, end + offset))
+                own.append((max(begin, start) + offset, end + offset, sequence))
             node, end = forest.nodes[node].parent, min(end, begin)
-        ranges.append(own[::-1])
+        ranges += reversed(own)
     return ranges
 
 
-class _Pairs(NamedTuple):
-    """The distinct (row, target) pairs in the order of their rows."""
-
-    rows: np.ndarray  # int64 [R], ascending
-    row_offsets: np.ndarray  # int64 [R + 1]
-    targets: np.ndarray  # int64 [K]
-    of_position: np.ndarray  # int64 [N]: the pair whose target is the token at this position
-
-    @staticmethod
-    def of(layout: Layout, tokens: np.ndarray, ranges: list[list[tuple[int, int]]]) -> _Pairs:
-        """A token within a run is predicted by the position before it and is that row's one target there.
-
-        Only the first tokens of runs can double each other, as children that begin with the same token do, or the
-        token with which their parent goes on. They are few, so sorting them costs nothing.
-        """
-        wanted = np.zeros(len(tokens), dtype=bool)
-        for own in ranges:
-            for start, end in own:
-                wanted[start:end] = True
-        heads = np.array([(run.start, run.before) for run in layout.runs], dtype=np.int64)
-        heads = heads[wanted[heads[:, 0]]]
-        wanted[heads[:, 0]] = False
-        inner = np.flatnonzero(wanted)
-
-        of_position = np.full(len(tokens), -1, dtype=np.int64)
-        # A head that repeats its row's inner token shares that pair.
-        doubles = wanted[heads[:, 1] + 1] & (tokens[heads[:, 0]] == tokens[heads[:, 1] + 1])
-        doubled, heads = heads[doubles], heads[~doubles]
-        order = np.lexsort((tokens[heads[:, 0]], heads[:, 1]))
-        heads = heads[order]
-        keys = np.stack([heads[:, 1], tokens[heads[:, 0]]], axis=1)
-        new = np.ones(len(heads), dtype=bool)
-        new[1:] = (keys[1:] != keys[:-1]).any(axis=1)
-
-        # Merge the two ascending lists of rows; a row's inner target comes before its heads.
-        places = np.searchsorted(inner, keys[new, 0] + 1, side="right") + np.arange(int(new.sum()))
-        is_head = np.zeros(len(inner) + len(places), dtype=bool)
-        is_head[places] = True
-        rows = np.empty(len(is_head), dtype=np.int64)
-        targets = np.empty_like(rows)
-        rows[is_head], rows[~is_head] = keys[new, 0], inner - 1
-        targets[is_head], targets[~is_head] = keys[new, 1], tokens[inner]
-        of_position[inner] = np.flatnonzero(~is_head)
-        of_position[heads[:, 0]] = places[np.cumsum(new) - 1]
-        of_position[doubled[:, 0]] = of_position[doubled[:, 1] + 1]
-        first = np.flatnonzero(np.diff(rows, prepend=-1))
-        return _Pairs(rows[first], np.append(first, len(rows)), targets, of_position)
+def _fill(forest: TokenForest, layout: Layout, ranges: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
+    """The batch's int64 arrays, one-dimensional; the C++ side says what they hold (csrc/packing.h)."""
+    tokens = len(layout.subtree_end)
+    losses = sum(end - start for start, end, _ in ranges)
+    sizes = {"input_ids": tokens, "position_ids": tokens, "row_offsets": losses + 1}
+    for name in ("rows", "pair_targets", "pair_of_token", "targets", "sequence_ids"):
+        sizes[name] = losses
+    arrays = {name: torch.empty(size, dtype=torch.int64) for name, size in sizes.items()}
+    rows, pairs = _C.fill_packed_arrays(
+        np.array([(run.start, run.end, run.before, forest.nodes[run.node].start) for run in layout.runs]),
+        [forest.nodes[run.node].tokens for run in layout.runs],
+        np.array(ranges),
+        tokens,
+        {name: array.data_ptr() for name, array in arrays.items()},
+    )
+    arrays["rows"], arrays["row_offsets"] = arrays["rows"][:rows], arrays["row_offsets"][: rows + 1]
+    arrays["pair_targets"] = arrays["pair_targets"][:pairs]
+    return arrays

@@ -108,9 +108,7 @@ def _compile(job: Job, arch: int) -> Compiled:
     registers = re.findall(r"Used (\d+) registers", log.getvalue())
     if not spills or not registers:
         raise RuntimeError(f"{job.kernel}: the assembler's log names no registers:\n{log.getvalue()}")
-    return Compiled(
-        job, arch, built.asm["ptx"], built.metadata.shared, max(map(int, registers)), sum(map(int, spills))
-    )
+    return Compiled(job, arch, built.asm["ptx"], built.metadata.shared, max(map(int, registers)), sum(map(int, spills)))
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from aot import SHARED_LIMIT, Job, compile_ahead
-
 from gpo_fast.kernels.kv_blocks import copy_blocks, gather_kv, write_kv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -47,14 +47,16 @@ class Tile(NamedTuple):
 
 def tile_for(stacked_rows: int, head_dim: int, dtype: torch.dtype) -> Tile:
     """The tile for work items of up to `stacked_rows` (rows * query heads per kv head) rows."""
-    wide = block_dim(head_dim) > 128
     rows = SMALL_ROWS if stacked_rows <= SMALL_ROWS else LARGE_ROWS
+    columns = block_dim(head_dim)
     if dtype == torch.float32:
         # Full float32 products use no matrix instructions: registers are the limit.
-        return Tile(rows, 16 if wide else 32, 4 if rows == SMALL_ROWS else 8, 2)
-    if rows == SMALL_ROWS:
-        return Tile(rows, 32 if wide else 64, 4, 3)
-    return Tile(rows, 32 if wide else 64, 4, 2 if wide else 3)
+        if columns <= 64:
+            return Tile(rows, 32, 4 if rows == SMALL_ROWS else 8, 2)
+        return Tile(rows, 16, 4 if rows == SMALL_ROWS else 16, 2)
+    if columns <= 128:
+        return Tile(rows, 64, 4, 3)
+    return Tile(rows, 32, 4 if rows == SMALL_ROWS else 8, 3 if rows == SMALL_ROWS else 2)
 
 
 @triton.jit

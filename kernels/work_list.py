@@ -76,6 +76,15 @@ class PlanArrays(NamedTuple):
     tail_pages: np.ndarray
 
 
+def plain_plan(tables: np.ndarray, lengths: np.ndarray, block_size: int) -> PlanArrays:
+    """The plan in which nothing is shared: row n keeps its first lengths[n] keys in the pages tables[n] (int32)."""
+    used = -(-lengths.astype(np.int64) // block_size)
+    none, zero = np.zeros(0, np.int32), np.zeros(1, np.int32)
+    pages = tables[np.arange(tables.shape[1])[None, :] < used[:, None]].astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(used)]).astype(np.int32)
+    return PlanArrays(none, none, zero, none, zero, none, np.zeros(len(used), np.int32), offsets, pages)
+
+
 @dataclass(frozen=True)
 class WorkCapacity:
     """The room of a work list on the device."""
@@ -176,12 +185,13 @@ def build_work(plan: Plan, *, block_size: int, heads_per_kv: int, kv_heads: int,
     entry_parts = np.empty(len(entry_rows), np.int64)
     entry_parts[order] = np.cumsum(entry_chunks[order]) - entry_chunks[order]
     row_parts = np.bincount(entry_rows, weights=entry_chunks, minlength=num_rows)
+    part_offsets = np.concatenate([[0], np.cumsum(row_parts)])
     return WorkList(
         np.ascontiguousarray(items[small[unit]]),
         np.ascontiguousarray(items[~small[unit]]),
         entry_rows.astype(np.int32),
         entry_parts.astype(np.int32),
-        np.concatenate([[0], np.cumsum(row_parts)]).astype(np.int32),
+        part_offsets.astype(np.int32),
         np.concatenate([plan.pages, plan.tail_pages]).astype(np.int32),
         heads_per_kv,
         block_size,

@@ -37,8 +37,9 @@ from torch import Tensor
 class TreeTile(NamedTuple):
     """How the kernels are cut: queries x keys of a tile, warps, pipeline stages."""
 
-    block_m: int  # queries of forward and dq
-    block_n: int  # keys of forward and dq
+    block_m: int  # queries of a program of forward and dq
+    block_n: int  # keys of a list entry, and of an inner step of forward
+    dq_n: int  # keys of an inner step of dq: block_n or a part of it
     keys_m: int  # queries of an inner step of dk, dv
     keys_n: int  # keys of a program of dk, dv
     forward: tuple[int, int]  # warps, stages
@@ -46,14 +47,31 @@ class TreeTile(NamedTuple):
     dkdv: tuple[int, int]
 
 
-def tile_for(head_dim: int, dtype: torch.dtype) -> TreeTile:
-    """The tile for a head size; every one compiles without spills for compute capability 8.0, 9.0 and 10.0."""
-    wide = block_dim(head_dim) > 128
+def tile_for(head_dim: int, dtype: torch.dtype, major: int) -> TreeTile:
+    """The tile for a head size on GPUs of compute capability `major`.x, by what compiles without spilled registers.
+
+    Capabilities 9 and 10 have 227 KB of shared memory and matrix instructions that read from it; for all others the
+    operands take registers, and the tiles keep to the 99 KB of the smallest of them.
+    """
+    columns, roomy = block_dim(head_dim), major in (9, 10)
     if dtype == torch.float32:
-        return TreeTile(32, 32, 32, 32, (4, 2), (4, 2), (4, 2))
-    if wide:
-        return TreeTile(64, 32, 32, 64, (4, 2), (8, 2), (8, 2))
-    return TreeTile(128, 64, 64, 128, (8, 3), (8, 2), (8, 2))
+        if columns <= 64:
+            return TreeTile(32, 32, 32, 32, 32, (4, 2), (4, 2), (8, 2))
+        if columns <= 128:
+            return TreeTile(32, 16, 16, 32, 32, (4, 2), (4, 2), (8, 2))
+        return TreeTile(16, 16, 16, 16, 16, (4, 2), (8, 2), (8, 2))
+    if columns <= 64:
+        return TreeTile(128, 64, 64, 64, 128, (8, 3), (8, 3), (8, 2))
+    if columns <= 128:
+        if roomy:
+            return TreeTile(128, 64, 64, 64, 64, (8, 3), (8, 2), (8, 2))
+        return TreeTile(128, 64, 32, 32, 64, (8, 3), (8, 2), (8, 2))
+    return TreeTile(64, 32, 32 if roomy else 16, 16, 64, (8, 2), (8, 2), (8, 2))
+
+
+def _tile_on(device: torch.device, head_dim: int, dtype: torch.dtype) -> TreeTile:
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    return tile_for(head_dim, dtype, major)
 
 
 class TreeBlocks(NamedTuple):
@@ -74,7 +92,8 @@ def tree_blocks(subtree_end: Tensor, head_dim: int, dtype: torch.dtype) -> TreeB
     """
     if subtree_end.dtype != torch.int32 or subtree_end.dim() != 1:
         raise ValueError(f"subtree_end must be int32 [N], got {subtree_end.dtype} of shape {tuple(subtree_end.shape)}")
-    tile, count, device = tile_for(head_dim, dtype), subtree_end.numel(), subtree_end.device
+    count, device = subtree_end.numel(), subtree_end.device
+    tile = _tile_on(device, head_dim, dtype)
     smallest, largest = _block_ends(subtree_end, tile.block_n)
     first_query = torch.arange(-(-count // tile.block_m), device=device, dtype=torch.int32)[:, None] * tile.block_m
     last_query = first_query + tile.block_m - 1
@@ -260,12 +279,15 @@ def _dq_blocks(
     value_stride,
     scale,
     BLOCK_N: tl.constexpr,
+    LIST_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    for index in range(first, last):
-        start = tl.load(blocks + index) * BLOCK_N
+    """Adds what the key blocks blocks[first:last] give, each in LIST_N // BLOCK_N steps."""
+    STEPS: tl.constexpr = LIST_N // BLOCK_N
+    for index in range(first * STEPS, last * STEPS):
+        start = tl.load(blocks + index // STEPS) * LIST_N + index % STEPS * BLOCK_N
         k = _load_rows(keys, start, count, key_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
         v = _load_rows(values, start, count, value_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
         zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
@@ -309,6 +331,7 @@ def dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LIST_N: tl.constexpr,
 ):
     """One program: dq of a block of queries of one head."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -328,11 +351,11 @@ def dq_kernel(
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     sums = _dq_blocks(
         sums, tile, grad, row_lse, row_delta, query, keys, values, ends, blocks, 0, whole, count, k_stride, v_stride,
-        scale, BLOCK_N, HEAD_DIM, BLOCK_D, False,
+        scale, BLOCK_N, LIST_N, HEAD_DIM, BLOCK_D, False,
     )  # fmt: skip
     sums = _dq_blocks(
         sums, tile, grad, row_lse, row_delta, query, keys, values, ends, blocks, whole, visited, count, k_stride,
-        v_stride, scale, BLOCK_N, HEAD_DIM, BLOCK_D, True,
+        v_stride, scale, BLOCK_N, LIST_N, HEAD_DIM, BLOCK_D, True,
     )  # fmt: skip
     _store_rows(dq + head * HEAD_DIM, start, count, HEADS * HEAD_DIM, sums * grad_scale, BLOCK_M, HEAD_DIM, BLOCK_D)
 
@@ -345,42 +368,49 @@ def _dkdv_blocks(
     v,
     key,
     end,
-    queries,
-    grads,
+    q,
+    grad_out,
     lse,
     delta,
+    first_head,
     first,
     gap,
     gap_end,
     last,
     count,
-    query_stride,
+    q_stride,
+    q_head_stride,
     grad_stride,
+    grad_head_stride,
     scale,
+    PER_KV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Adds what the query blocks first .. gap and gap_end .. last give to dk and dv; scores are [keys, queries]."""
-    for index in range(first, last - (gap_end - gap)):
-        block = index
+    """Adds what the query blocks first .. gap and gap_end .. last of all heads give; scores are [keys, queries]."""
+    span = last - first - (gap_end - gap)
+    # One loop over heads and blocks: the loads of the next head start while this one ends, and registers suffice.
+    for index in range(0, PER_KV * span):
+        head = first_head + index // span
+        block = first + index % span
         if MASKED:
-            block = tl.where(index < gap, index, index + (gap_end - gap))
+            block = tl.where(block < gap, block, block + (gap_end - gap))
         start = block * BLOCK_M
         query = start + tl.arange(0, BLOCK_M)
         inside = query < count
-        q = _load_rows(queries, start, count, query_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
-        grad = _load_rows(grads, start, count, grad_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
-        row_lse = tl.load(lse + query, mask=inside, other=0.0)
-        row_delta = tl.load(delta + query, mask=inside, other=0.0)
+        rows = _load_rows(q + head * q_head_stride, start, count, q_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+        grad = _load_rows(grad_out + head * grad_head_stride, start, count, grad_stride, BLOCK_M, HEAD_DIM, BLOCK_D)
+        row_lse = tl.load(lse + head * count + query, mask=inside, other=0.0)
+        row_delta = tl.load(delta + head * count + query, mask=inside, other=0.0)
         zeros = tl.zeros([k.shape[0], BLOCK_M], tl.float32)
-        p = tl.exp2(dot(k, tl.trans(q), zeros, "ieee") * scale - row_lse[None, :])
+        p = tl.exp2(dot(k, tl.trans(rows), zeros, "ieee") * scale - row_lse[None, :])
         if MASKED:
             p = tl.where((key[:, None] <= query[None, :]) & (query[None, :] < end[:, None]), p, 0.0)
         dv = dot(p.to(grad.dtype), grad, dv, "ieee")
         ds = p * (dot(v, tl.trans(grad), zeros, "ieee") - row_delta[None, :])
-        dk = dot(ds.to(q.dtype), q, dk, "ieee")
+        dk = dot(ds.to(rows.dtype), rows, dk, "ieee")
     return dk, dv
 
 
@@ -432,22 +462,17 @@ def dkdv_kernel(
     value_tile = _load_rows(v + kv_head * v_head_stride, start, count, v_stride, BLOCK_N, HEAD_DIM, BLOCK_D)
     dk_sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for member in range(0, PER_KV):
-        head = kv_head * PER_KV + member
-        queries = q + head * q_head_stride
-        grads = grad_out + head * grad_head_stride
-        head_lse = lse + head * count
-        head_delta = delta + head * count
-        dk_sums, dv_sums = _dkdv_blocks(
-            dk_sums, dv_sums, key_tile, value_tile, key, end, queries, grads, head_lse, head_delta,
-            whole, whole_end, whole_end, whole_end, count, q_stride, grad_stride, scale,
-            BLOCK_M, HEAD_DIM, BLOCK_D, False,
-        )  # fmt: skip
-        dk_sums, dv_sums = _dkdv_blocks(
-            dk_sums, dv_sums, key_tile, value_tile, key, end, queries, grads, head_lse, head_delta,
-            first, whole, whole_end, last, count, q_stride, grad_stride, scale,
-            BLOCK_M, HEAD_DIM, BLOCK_D, True,
-        )  # fmt: skip
+    first_head = kv_head * PER_KV
+    dk_sums, dv_sums = _dkdv_blocks(
+        dk_sums, dv_sums, key_tile, value_tile, key, end, q, grad_out, lse, delta, first_head,
+        whole, whole_end, whole_end, whole_end, count, q_stride, q_head_stride, grad_stride, grad_head_stride, scale,
+        PER_KV, BLOCK_M, HEAD_DIM, BLOCK_D, False,
+    )  # fmt: skip
+    dk_sums, dv_sums = _dkdv_blocks(
+        dk_sums, dv_sums, key_tile, value_tile, key, end, q, grad_out, lse, delta, first_head,
+        first, whole, whole_end, last, count, q_stride, q_head_stride, grad_stride, grad_head_stride, scale,
+        PER_KV, BLOCK_M, HEAD_DIM, BLOCK_D, True,
+    )  # fmt: skip
     stride = KV_HEADS * HEAD_DIM
     _store_rows(dk + kv_head * HEAD_DIM, start, count, stride, dk_sums * grad_scale, BLOCK_N, HEAD_DIM, BLOCK_D)
     _store_rows(dv + kv_head * HEAD_DIM, start, count, stride, dv_sums, BLOCK_N, HEAD_DIM, BLOCK_D)
@@ -526,7 +551,8 @@ class _TreeAttention(torch.autograd.Function):
             *strides,
             HEADS=heads,
             BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
+            BLOCK_N=tile.dq_n,
+            LIST_N=tile.block_n,
             **shape,
             num_warps=tile.dq[0],
             num_stages=tile.dq[1],
@@ -574,7 +600,7 @@ def tree_attention(
         return torch.zeros_like(q)
     if blocks is None:
         blocks = tree_blocks(subtree_end, q.shape[2], q.dtype)
-    elif blocks.tile != tile_for(q.shape[2], q.dtype) or blocks.subtree_end.shape != subtree_end.shape:
+    elif blocks.tile != _tile_on(q.device, q.shape[2], q.dtype) or blocks.subtree_end.shape != subtree_end.shape:
         raise ValueError(
             f"the block lists are for {blocks.subtree_end.numel()} tokens and tiles {blocks.tile}, got {q.shape[0]} "
             f"tokens of head size {q.shape[2]} in {q.dtype}: make them with tree_blocks for this batch"

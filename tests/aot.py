@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 ARCHS = (80, 90, 100)
+# The test suite compiles the kernels that matter most; with this set in the environment, all of them (minutes).
+COMPILE_ALL = bool(os.environ.get("GPO_FAST_COMPILE_ALL"))
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory for one block
 MATRIX_INSTRUCTION = {  # one of these stands in the code if tensor cores are used
     80: ("mma.sync",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from aot import SHARED_LIMIT, Job, compile_ahead
+from aot import ARCHS, COMPILE_ALL, SHARED_LIMIT, Job, compile_ahead
 from gpo_fast.kernels.tl_utils import block_dim
 from gpo_fast.kernels.tree_attention import tile_for, tree_attention, tree_blocks
 from torch import Tensor
@@ -72,13 +72,13 @@ def assert_equals_dense(ends: np.ndarray, heads: int, kv_heads: int, head_dim: i
 def test_random_forests_in_float32(seed: int) -> None:
     rng = np.random.default_rng(seed)
     heads, kv_heads, head_dim = [(2, 2, 32), (4, 1, 16), (3, 1, 64), (2, 1, 96), (6, 2, 16), (1, 1, 128)][seed]
-    assert_equals_dense(random_subtree_ends(rng, int(rng.integers(1, 200))), heads, kv_heads, head_dim, torch.float32)
+    assert_equals_dense(random_subtree_ends(rng, int(rng.integers(1, 120))), heads, kv_heads, head_dim, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_with_whole_and_masked_blocks(dtype: torch.dtype) -> None:
     # A long shared prefix, so that blocks without a mask occur at the large tiles, then branches.
-    ends = np.concatenate([np.full(300, 520), np.full(90, 390), np.full(60, 450), np.full(70, 520)]).astype(np.int32)
+    ends = np.concatenate([np.full(140, 260), np.full(50, 190), np.full(70, 260)]).astype(np.int32)
     blocks = tree_blocks(torch.from_numpy(ends), 64, dtype)
     assert blocks.counts[:, 0].max() > 0
     assert_equals_dense(ends, 2, 1, 64, dtype)
@@ -149,33 +149,39 @@ def test_wrong_arguments_are_refused() -> None:
         tree_attention(q[:, :2], k, v, ends, 1.0, tree_blocks(ends, 256, torch.bfloat16))
 
 
-def jobs_for(dtype: torch.dtype, head_dim: int) -> list[Job]:
+def jobs_for(dtype: torch.dtype, head_dim: int, arch: int) -> list[Job]:
     """The launches of one head size: forward, dq, dk and dv."""
     element = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
-    tile = tile_for(head_dim, dtype)
+    tile = tile_for(head_dim, dtype, arch // 10)
     module = "gpo_fast.kernels.tree_attention:"
     inputs = dict.fromkeys(("q", "k", "v"), element) | {"lse": "*fp32", "ends": "*i32", "count": "i32:16"}
     inputs |= {f"{name}_{kind}": "i32:16" for name in ("q", "k", "v") for kind in ("stride", "head_stride")}
     inputs |= {"scale": "fp32", "PER_KV": 2, "HEAD_DIM": head_dim, "BLOCK_D": block_dim(head_dim)}
-    lists = {"lists": "*i32", "counts": "*i32", "key_blocks": "i32", "HEADS": 16}
-    lists |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    lists = {"lists": "*i32", "counts": "*i32", "key_blocks": "i32", "HEADS": 16, "BLOCK_M": tile.block_m}
     grads = {"grad_out": element, "delta": "*fp32", "grad_scale": "fp32"}
     grads |= {"grad_stride": "i32:16", "grad_head_stride": "i32:16"}
+    dq = {"dq": element, "BLOCK_N": tile.dq_n, "LIST_N": tile.block_n}
     keys = {"dk": element, "dv": element, "key_ends": "*i32", "KV_HEADS": 8}
     keys |= {"BLOCK_M": tile.keys_m, "BLOCK_N": tile.keys_n}
     return [
-        Job(f"{module}forward_kernel", inputs | lists | {"out": element}, *tile.forward),
-        Job(f"{module}dq_kernel", inputs | lists | grads | {"dq": element}, *tile.dq),
+        Job(f"{module}forward_kernel", inputs | lists | {"out": element, "BLOCK_N": tile.block_n}, *tile.forward),
+        Job(f"{module}dq_kernel", inputs | lists | grads | dq, *tile.dq),
         Job(f"{module}dkdv_kernel", inputs | grads | keys, *tile.dkdv),
     ]
 
 
-def test_kernels_compile_for_absent_gpus() -> None:
-    jobs = [*jobs_for(torch.bfloat16, 64), *jobs_for(torch.bfloat16, 128), *jobs_for(torch.bfloat16, 256)]
-    for built in compile_ahead([*jobs, *jobs_for(torch.float32, 64)]):
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_compile_for_absent_gpus(arch: int) -> None:
+    jobs = jobs_for(torch.bfloat16, 128, arch)
+    if COMPILE_ALL:
+        for head_dim in (64, 96, 256):
+            jobs += jobs_for(torch.bfloat16, head_dim, arch)
+        for head_dim in (64, 128, 256):
+            jobs += jobs_for(torch.float32, head_dim, arch)
+    for built in compile_ahead(jobs, [arch]):
         assert built.spill_bytes == 0, built.job
-        assert built.shared <= SHARED_LIMIT[built.arch], built.job
+        assert built.shared <= SHARED_LIMIT[arch], built.job
         if built.job.arguments["q"] == "*bf16":
             assert built.uses_matrix_instructions(), built.job
-            if built.arch == 90:
+            if arch == 90:
                 assert built.uses("wgmma.mma_async"), built.job

@@ -57,7 +57,8 @@ def compare(runs: dict[str, Run], device: torch.device, repeats: int) -> dict[st
     """Times of each run, interleaved. A run that fails is reported with its error."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     errors: dict[str, str] = {}
-    for turn in range(repeats + 2):  # the first two compile and warm up
+    warm_up = 2 if device.type == "cuda" else 0  # the first turns compile
+    for turn in range(warm_up + repeats):
         for name, run in runs.items():
             if name in errors:
                 continue
@@ -66,7 +67,7 @@ def compare(runs: dict[str, Run], device: torch.device, repeats: int) -> dict[st
             except Exception as error:
                 errors[name] = f"{type(error).__name__}: {error}"[:300]
                 continue
-            if turn >= 2:
+            if turn >= warm_up:
                 times[name].append(elapsed)
     results: dict[str, dict[str, float] | str] = {}
     for name in runs:
@@ -129,9 +130,11 @@ def decode_case(
     return runs, 2 * unique * kv_heads * head_dim * dtype.itemsize
 
 
-def tree_case(prefix: int, branches: int, tail: int, device: torch.device, dtype: torch.dtype) -> dict[str, Run]:
+def tree_case(
+    prefix: int, branches: int, tail: int, device: torch.device, *, heads: int = 16, kv_heads: int = 8
+) -> dict[str, Run]:
     """Forward and backward over one shared prefix with branches."""
-    heads, kv_heads, head_dim = 16, 8, 128
+    head_dim, dtype = 128, torch.bfloat16 if device.type == "cuda" else torch.float32
     count, scale = prefix + branches * tail, head_dim**-0.5
     ends = torch.full((count,), count, dtype=torch.int32)
     for branch in range(branches):
@@ -200,10 +203,9 @@ def sampling_case(rows: int, vocabulary: int, params: SamplingParams, device: to
 
 def cases(device: torch.device, quick: bool) -> dict[str, tuple[dict[str, Run], int | None]]:
     if quick:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         return {
             "decode 1x4, prefix 64": decode_case(1, 4, 64, 20, 4, 2, device),
-            "tree 64 + 2x32": (tree_case(64, 2, 32, device, dtype), None),
+            "tree 32 + 2x16": (tree_case(32, 2, 16, device, heads=2, kv_heads=1), None),
             "sample 2x5000": (sampling_case(2, 5000, SamplingParams(), device), None),
         }
     plain, filtered = SamplingParams(), SamplingParams(temperature=0.8, top_k=50, top_p=0.95)
@@ -211,8 +213,8 @@ def cases(device: torch.device, quick: bool) -> dict[str, tuple[dict[str, Run], 
         "decode 2x32, prefix 1024, 16/8 heads": decode_case(2, 32, 1024, 256, 16, 8, device),
         "decode 8x32, prefix 2048, 12/2 heads": decode_case(8, 32, 2048, 256, 12, 2, device),
         "decode 64x1, prefix 1024, 16/8 heads": decode_case(64, 1, 1024, 256, 16, 8, device),
-        "tree 1024 + 8x256": (tree_case(1024, 8, 256, device, torch.bfloat16), None),
-        "tree 4096 + 16x768": (tree_case(4096, 16, 768, device, torch.bfloat16), None),
+        "tree 1024 + 8x256": (tree_case(1024, 8, 256, device), None),
+        "tree 4096 + 16x768": (tree_case(4096, 16, 768, device), None),
         "sample 64x151936": (sampling_case(64, 151_936, plain, device), None),
         "sample 256x151936": (sampling_case(256, 151_936, plain, device), None),
         "sample 64x151936, top-k 50, top-p 0.95": (sampling_case(64, 151_936, filtered, device), None),
@@ -223,13 +225,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, three repeats")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, few repeats")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cpu" and not (arguments.quick and triton.knobs.runtime.interpret):
         parser.error("on a CPU the kernels run only in the interpreter: set TRITON_INTERPRET=1 and give --quick")
-    repeats = 3 if arguments.quick else arguments.repeats
+    repeats = (3 if device.type == "cuda" else 1) if arguments.quick else arguments.repeats
     bandwidth = copy_bandwidth(device, repeats)
     table = Table("case", "run", "median ms", "ours / run", "over the floor")
     rows = []

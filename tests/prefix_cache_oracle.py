@@ -238,7 +238,7 @@ class Oracle:
                 lambda: cache.evict(-1),
             ]
         before = cache.snapshot(), cache.stats()
-        with pytest.raises(ValueError, match="."):
+        with pytest.raises(ValueError, match=r"."):
             wrong[c % len(wrong)]()
         assert (cache.snapshot(), cache.stats()) == before
 

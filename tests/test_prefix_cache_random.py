@@ -24,7 +24,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
 
 TestPrefixCacheMachine = PrefixCacheMachine.TestCase
-TestPrefixCacheMachine.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestPrefixCacheMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 # 48,000 operations; with hypothesis's, above 50,000. The soak run makes a million: benchmarks/soak_prefix_cache.py.

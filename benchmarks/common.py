@@ -73,12 +73,8 @@ def human(seconds: float) -> str:
 
 def machine() -> dict[str, Any]:
     """Where and with what the numbers were taken."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    installed = {distribution.metadata["Name"]: distribution.version for distribution in importlib.metadata.distributions()}
+    versions = {name: installed[name] for name in PACKAGES if name in installed}
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():

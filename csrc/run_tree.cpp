@@ -72,31 +72,32 @@ Place RunTree::walk(Place at, const int32_t* tokens, int32_t first, int32_t limi
     }
 }
 
+FirstPage RunTree::first_page(int32_t id) const {
+    const Run& run = runs[id];
+    return {run.start, run.tokens.data(), std::min(run.committed - run.start, block_size)};
+}
+
+bool ChildOrder::operator()(int32_t a, int32_t b) const { return (*this)(a, tree->first_page(b)); }
+
+bool ChildOrder::operator()(int32_t a, const FirstPage& b) const {
+    const FirstPage own = tree->first_page(a);
+    if (own.start != b.start) return own.start < b.start;
+    return std::lexicographical_compare(own.tokens, own.tokens + own.count, b.tokens, b.tokens + b.count);
+}
+
 // Of all strings, a neighbour in the sorted order shares the longest prefix with a given one.
 RunTree::Candidate RunTree::best_child(const Run& parent, int32_t start, const int32_t* tokens, int32_t count) const {
     Candidate best{kNone, 0};
-    const auto consider = [&](const ChildEntry& entry) {
-        if (entry.start != start) return;
-        const Run& child = runs[entry.run];
-        const int32_t match = common_prefix(child.tokens.data(), tokens, std::min(child.committed - start, count));
-        if (match > best.match) best = {entry.run, match};
+    const auto consider = [&](int32_t id) {
+        const FirstPage child = first_page(id);
+        if (child.start != start) return;
+        const int32_t match = common_prefix(child.tokens, tokens, std::min(child.count, count));
+        if (match > best.match) best = {id, match};
     };
-    const auto next = index_position(parent, start, tokens, count);
+    const auto next = parent.index.lower_bound(FirstPage{start, tokens, count});
     if (next != parent.index.end()) consider(*next);
     if (next != parent.index.begin()) consider(*std::prev(next));
     return best;
-}
-
-std::vector<ChildEntry>::const_iterator RunTree::index_position(const Run& parent, int32_t start, const int32_t* tokens,
-                                                                int32_t count) const {
-    return std::lower_bound(
-        parent.index.begin(), parent.index.end(), start, [&](const ChildEntry& entry, int32_t position) {
-            if (entry.start != position) return entry.start < position;
-            const Run& child = runs[entry.run];
-            const int32_t* own = child.tokens.data();
-            return std::lexicographical_compare(own, own + std::min(child.committed - position, block_size), tokens,
-                                                tokens + count);
-        });
 }
 
 int32_t RunTree::run_at(int32_t run, int32_t position) const {
@@ -121,12 +122,15 @@ void RunTree::copy_pages(int32_t run, int32_t length, int32_t* pages) const {
 // -- runs -------------------------------------------------------------------------------------------------------
 
 int32_t RunTree::take_run_slot() {
+    int32_t id;
     if (free_runs.empty()) {
+        id = static_cast<int32_t>(runs.size());
         runs.emplace_back();
-        return static_cast<int32_t>(runs.size()) - 1;
+    } else {
+        id = free_runs.back();
+        free_runs.pop_back();
     }
-    const int32_t id = free_runs.back();
-    free_runs.pop_back();
+    runs[id].index = ChildIndex(ChildOrder{this});
     return id;
 }
 
@@ -181,20 +185,13 @@ void RunTree::drop_unused_root(int32_t id) {
 }
 
 void RunTree::add_to_index(int32_t id) {
-    Run& run = runs[id];
-    auto& index = runs[run.parent].index;
-    const int32_t count = std::min(run.committed - run.start, block_size);
-    index.insert(index_position(runs[run.parent], run.start, run.tokens.data(), count), {run.start, id});
-    run.indexed = true;
+    runs[id].place = runs[runs[id].parent].index.insert(id).first;
+    runs[id].indexed = true;
 }
 
 void RunTree::remove_from_index(int32_t id) {
-    Run& run = runs[id];
-    auto& index = runs[run.parent].index;
-    const auto first = std::lower_bound(index.begin(), index.end(), run.start,
-                                        [](const ChildEntry& entry, int32_t start) { return entry.start < start; });
-    index.erase(std::find_if(first, index.end(), [id](const ChildEntry& entry) { return entry.run == id; }));
-    run.indexed = false;
+    runs[runs[id].parent].index.erase(runs[id].place);
+    runs[id].indexed = false;
 }
 
 // -- holders ----------------------------------------------------------------------------------------------------
@@ -432,7 +429,7 @@ int32_t RunTree::evict(int32_t count) {
     while (done < count && cached > 0) {
         const int32_t id = stale_.oldest != kNone ? stale_.oldest : fresh_.oldest;
         Run& run = runs[id];
-        const int32_t child = run.index.empty() ? run.start : run.index.back().start;
+        const int32_t child = run.index.empty() ? run.start : runs[*run.index.rbegin()].start;
         const int32_t keep = pages_for(std::max({run.lock, run.hot, child}) - run.start);
         const int32_t removable = static_cast<int32_t>(run.pages.size()) - keep;
         if (removable <= 0) {

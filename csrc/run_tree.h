@@ -22,6 +22,7 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -44,10 +45,21 @@ struct Holder {
     HolderKind kind = HolderKind::kFree;
 };
 
-struct ChildEntry {
+class RunTree;
+
+// Orders matchable runs that hang from one parent: by start, then by the tokens of their first page.
+struct FirstPage {
     int32_t start;
-    int32_t run;
+    const int32_t* tokens;
+    int32_t count;
 };
+struct ChildOrder {
+    using is_transparent = void;
+    const RunTree* tree = nullptr;
+    bool operator()(int32_t a, int32_t b) const;
+    bool operator()(int32_t a, const FirstPage& b) const;
+};
+using ChildIndex = std::set<int32_t, ChildOrder>;
 
 struct Run {
     // What matching and writing touch comes first.
@@ -55,10 +67,11 @@ struct Run {
     std::vector<int32_t> pages;
     int32_t parent = kNone;  // kNone: a root, which has no tokens
     int32_t start = 0;
-    int32_t lock = 0;               // held up to here; == start: not held
-    int32_t writer = kNone;         // the sequence that may write at the end
-    int32_t committed = 0;          // matchable up to here
-    std::vector<ChildEntry> index;  // matchable children by start, then by the tokens of their first page
+    int32_t lock = 0;            // held up to here; == start: not held
+    int32_t writer = kNone;      // the sequence that may write at the end
+    int32_t committed = 0;       // matchable up to here
+    ChildIndex index;            // matchable children
+    ChildIndex::iterator place;  // where its parent's index has this run, if it does
     int32_t first_holder = kNone;
     int32_t first_child = kNone;  // all child runs, in no order
     int32_t next_sibling = kNone, previous_sibling = kNone;
@@ -86,6 +99,8 @@ struct Place {
 class RunTree {
   public:
     RunTree(int32_t num_blocks, int32_t block_size);
+    RunTree(const RunTree&) = delete;  // the indices point to it
+    RunTree& operator=(const RunTree&) = delete;
 
     // Where the longest matchable prefix of `tokens` ends, at most `limit` tokens. Changes nothing.
     Place match(int64_t name_space, const int32_t* tokens, int32_t limit) const;
@@ -129,7 +144,7 @@ class RunTree {
 
     const int32_t num_blocks, block_size;
     int64_t epoch = 0;
-    int64_t version = 0;  // grows when the pages of any sequence change
+    int64_t version = 0;  // grows when the pages of any handle change
     int64_t cached = 0, stale = 0, evicted = 0, deduplicated = 0;
     std::vector<int32_t> free_pages;
     std::vector<Run> runs;
@@ -138,6 +153,7 @@ class RunTree {
     std::vector<int32_t> free_holders;
 
   private:
+    friend ChildOrder;
     struct List {
         int32_t oldest = kNone, newest = kNone;
     };
@@ -147,9 +163,8 @@ class RunTree {
     };
 
     Place walk(Place from, const int32_t* tokens, int32_t first, int32_t limit) const;
+    FirstPage first_page(int32_t run) const;
     Candidate best_child(const Run& parent, int32_t start, const int32_t* tokens, int32_t count) const;
-    std::vector<ChildEntry>::const_iterator index_position(const Run& parent, int32_t start, const int32_t* tokens,
-                                                           int32_t count) const;
     int32_t new_run(int32_t parent, int32_t start);
     int32_t take_run_slot();
     void remove_run(int32_t run);

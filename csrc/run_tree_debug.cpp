@@ -103,25 +103,18 @@ void RunTree::check_children(int32_t id) const {
     require(indexed == runs[id].index.size(), "the index has the matchable children");
 }
 
-// Children in the index differ from each other, and from the run itself, in their first page.
+// Children in the index differ from each other, and from the run itself, in their first page. (One that is not full may
+// be the beginning of another.)
 void RunTree::check_index(int32_t id) const {
     const Run& run = runs[id];
-    const auto first_page = [this](const Run& child) {
-        return std::vector<int32_t>(child.tokens.begin(),
-                                    child.tokens.begin() + std::min(child.committed - child.start, block_size));
-    };
-    for (size_t i = 0; i < run.index.size(); ++i) {
-        const Run& child = runs[run.index[i].run];
-        require(run.index[i].start == child.start, "the index knows where a child starts");
-        const std::vector<int32_t> page = first_page(child);
-        if (i > 0) {
-            const Run& before = runs[run.index[i - 1].run];
-            require(before.start < child.start || (before.start == child.start && first_page(before) < page),
-                    "children differ in their first page, and the index is sorted");
-        }
-        const int32_t own = std::min(run.committed - child.start, block_size);
-        if (own < static_cast<int32_t>(page.size())) continue;
-        require(!std::equal(page.begin(), page.end(), run.tokens.begin() + (child.start - run.start)),
+    int32_t before = kNone;
+    for (const int32_t child : run.index) {
+        require(before == kNone || run.index.key_comp()(before, child),
+                "children differ in their first page, and the index is sorted");
+        before = child;
+        const FirstPage page = first_page(child);
+        if (std::min(run.committed - page.start, block_size) != page.count) continue;
+        require(!std::equal(page.tokens, page.tokens + page.count, run.tokens.data() + (page.start - run.start)),
                 "a child differs from its parent in its first page");
     }
 }
@@ -138,10 +131,11 @@ int64_t RunTree::check_list(const List& list, bool fresh) const {
 }
 
 int64_t RunTree::bookkeeping_bytes() const {
+    constexpr size_t kIndexEntry = 48;  // a node of std::set, as it is allocated
     size_t bytes = runs.capacity() * sizeof(Run) + holders.capacity() * sizeof(Holder) +
                    (free_pages.capacity() + free_runs.capacity() + free_holders.capacity()) * sizeof(int32_t);
     for (const Run& run : runs) {
-        bytes += run.pages.capacity() * sizeof(int32_t) + run.index.capacity() * sizeof(ChildEntry);
+        bytes += run.pages.capacity() * sizeof(int32_t) + run.index.size() * kIndexEntry;
         bytes += (run.tokens.capacity() - run.tokens.size()) * sizeof(int32_t);
     }
     return static_cast<int64_t>(bytes);

@@ -22,9 +22,10 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from gpo_fast.losses.head import IGNORED
-from gpo_fast.losses.linear_logprob import logprobs_and_entropy
+from gpo_fast.losses.linear_logprob import HeadInputs, logprobs_and_entropy
 from gpo_fast.losses.sequences import LossOutput, Sequences, count_or, masked_mean, sequences_of
 
 PolicyLoss = Literal["awr", "ppo", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
@@ -73,12 +74,15 @@ def linear_policy_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> LossOutput:
     """A policy-gradient loss straight from hidden states. Minimise `loss`.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, lora: as in `linear_logprob`; (T, H) and (T,), or
-            (B, T, H) and (B, T), where each row of the batch is one sequence. Targets of -100 are ignored.
+        hidden, weight, targets, bias, temperature, softcap, lora, tp_group, vocab_start: as in `linear_logprob`;
+            (T, H) and (T,), or (B, T, H) and (B, T), where each row of the batch is one sequence.
+            Targets of -100 are ignored.
         loss_type: see the head of this module for the formulas.
         advantages: (number of steps,) if `step_ids` is given; else per token if it has the shape of
             `targets`; else per sequence, (S,). "rloo" takes them per sequence only.
@@ -141,13 +145,8 @@ def linear_policy_loss(
         needed = torch.where(weights == 0, IGNORED, targets)
     logprobs, entropy = logprobs_and_entropy(
         hidden,
-        weight,
         needed,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        lora=lora,
-        row_offsets=None,
+        HeadInputs(weight, bias, temperature, softcap, lora, tp_group, vocab_start),
         want_entropy=return_entropy or entropy_coef != 0.0,
         entropy_needs_grad=entropy_coef != 0.0 and torch.is_grad_enabled(),
     )

@@ -26,9 +26,10 @@ def merge_shards(rows: Rows, targets: Tensor, target_rows: Tensor, group: Proces
     own_mean = rows.lse - rows.entropy
     sizes = [part.shape[0] for part in (rows.lse, own_mean, rows.target_logits, rows.target_slopes)]
     packed = torch.cat([rows.lse, own_mean, rows.target_logits, rows.target_slopes])
-    gathered = packed.new_empty((dist.get_world_size(group), packed.shape[0]))
+    shards = dist.get_world_size(group)
+    gathered = packed.new_empty((shards * packed.shape[0],))
     dist.all_gather_into_tensor(gathered, packed, group=group)
-    lse_of, mean_of, logits_of, slopes_of = gathered.split(sizes, dim=1)
+    lse_of, mean_of, logits_of, slopes_of = gathered.reshape(shards, -1).split(sizes, dim=1)
 
     lse = torch.logsumexp(lse_of, dim=0)
     share_of = torch.exp(lse_of - lse)

@@ -15,7 +15,7 @@ from torch import Tensor
 from gpo_fast.kernels.linear_logprob import HeadColumns, RowGradients, logit_gradients, softmax_tiles
 from gpo_fast.kernels.linear_logprob_merge import SoftmaxState, accumulate, merge, recentre
 from gpo_fast.kernels.linear_logprob_targets import frozen_backward, target_logits, write_targets
-from gpo_fast.losses.head import Head, matmul_wide
+from gpo_fast.losses.head import Head, add_product, matmul_wide
 from gpo_fast.losses.rows import (
     Batch,
     ForwardWants,
@@ -144,15 +144,15 @@ def backward(
             block = logit_gradients(x, u, columns, at)
             write_targets(block, share, batch.targets, batch.target_rows, rows.start, vocab.start)
             if grad_hidden is not None:
-                grad_hidden[rows] += matmul_wide(block, columns.weight)
+                add_product(grad_hidden[rows], block, columns.weight)
             if grad_extra is not None and columns.lora_b is not None:
-                grad_extra[rows] += matmul_wide(block, columns.lora_b)
+                add_product(grad_extra[rows], block, columns.lora_b)
             if part_weight is not None:
-                part_weight += matmul_wide(block.t(), x)
+                add_product(part_weight, block.t(), x)
             if part_bias is not None:
                 part_bias += block.sum(0, dtype=torch.float32)
             if part_lora_b is not None and u is not None:
-                part_lora_b += matmul_wide(block.t(), u)
+                add_product(part_lora_b, block.t(), u)
         for whole_gradient, part in ((grad_weight, part_weight), (grad_bias, part_bias), (grad_lora_b, part_lora_b)):
             if whole_gradient is not None and part is not None:
                 whole_gradient[vocab] = part

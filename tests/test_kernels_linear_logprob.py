@@ -41,8 +41,9 @@ def _through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     from gpo_fast.kernels import linear_logprob
 
-    from gpo_fast.losses import gpu
+    from gpo_fast.losses import gpu, token_loss
 
+    monkeypatch.setattr(token_loss, "supported", lambda new, loss_type, others: loss_type not in ("gspo", "rloo"))
     monkeypatch.setattr(gpu, "supported", lambda head, hidden: hidden.shape[0] > 0 and hidden.dtype != torch.float64)
     monkeypatch.setattr(gpu, "ROWS", 48)
     monkeypatch.setattr(gpu, "ROWS_WITHOUT_BLOCKS", 64)
@@ -131,32 +132,53 @@ def test_nan_is_not_swallowed() -> None:
 
 
 @in_the_interpreter
-def test_policy_loss_through_the_kernels() -> None:
-    from test_losses_policy import Case, dense_loss, relative_error
+@pytest.mark.parametrize("loss_type", ["awr", "ppo", "dr_grpo", "cispo", "gspo"])
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_policy_losses_through_the_kernels(loss_type: str, kl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused terms against autograd's on the torch path, with every option on."""
+    from test_losses_policy import Case, options, relative_error
 
-    from gpo_fast.losses import linear_policy_loss
+    from gpo_fast.losses import linear_policy_loss, token_loss
 
-    case = Case(torch.float32)
-    leaves = [case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()]
-    output = linear_policy_loss(
-        *leaves, case.targets, loss_type="gspo", advantages=case.advantages, old_logprobs=case.old
-    )
-    output.loss.backward()
-    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    logprobs, _ = case.logprobs(*exact)
-    loss = dense_loss(case, "gspo", logprobs, advantages=case.advantages.unsqueeze(1), beta=0.0, high=0.2)
-    loss.backward()
-    assert relative_error(output.loss, loss) < 1e-5
-    for leaf, reference in zip(leaves, exact):
-        assert relative_error(leaf.grad, reference.grad) < 1e-5
+    case = Case(torch.float32, shift=0.8)
+    weights = torch.rand(case.targets.shape)
+    weights[:, 2] = 0.0
+    outcomes = []
+    for dtype in (torch.float32, torch.float64):
+        if dtype == torch.float64:
+            monkeypatch.setattr(token_loss, "supported", lambda *arguments: False)
+        leaves = [case.hidden.to(dtype, copy=True).requires_grad_(), case.weight.to(dtype, copy=True).requires_grad_()]
+        output = linear_policy_loss(
+            *leaves,
+            case.targets,
+            loss_type=loss_type,
+            advantages=case.advantages.to(dtype),
+            old_logprobs=case.old,
+            ref_logprobs=case.ref,
+            rollout_logprobs=case.ref,
+            weights=weights,
+            beta=0.3,
+            kl=kl,
+            dual_clip=1.3,
+            epsilon_high=0.3,
+            awr_max_exponent=0.5,
+            **options(loss_type),
+        )
+        output.loss.backward()
+        outcomes.append((output.loss, leaves[0].grad, leaves[1].grad))
+    for value, exact in zip(*outcomes):
+        assert relative_error(value, exact) < 1e-5
 
 
-INTEGERS = {"rows", "columns", "width", "rank", "entries", "tiles", "row_start", "column_start", "height"}
-FLOATS = {"inverse_temperature", "softcap"}
+INTEGERS = {"count", "rows", "columns", "width", "rank", "entries", "tiles", "row_start", "column_start", "height"}
+FLOATS = {
+    "inverse_temperature", "softcap", "low", "high", "dual_clip", "beta", "awr_beta", "awr_max_exponent",
+    "max_log_ratio",
+}  # fmt: skip
 FLOAT32 = {
     "top", "mass", "moment", "rise", "tile_top", "tile_mass", "tile_moment", "bias", "lse", "entropy",
     "logprob_grad", "entropy_grad", "kept", "product", "below", "logits", "slopes", "values", "share", "row_grad",
-    "grad_entropy",
+    "grad_entropy", "terms", "derivatives", "new", "old", "ref", "advantage", "importance",
 }  # fmt: skip
 INT64 = {"targets", "target_rows", "first"}
 
@@ -268,6 +290,11 @@ def small_kernels() -> list[tuple[str, str, dict]]:
         ("linear_logprob_targets", "write_targets_kernel", {"HAS_VALUES": True, "BLOCK": 256}),
         ("linear_logprob_targets", "write_targets_kernel", {"HAS_VALUES": False, "values": None, "BLOCK": 256}),
         ("linear_logprob_targets", "frozen_backward_kernel", {"HAS_ENTROPY": True, "BLOCK": 1024}),
+        (
+            "step_loss",
+            "token_losses_kernel",
+            {"KIND": 0, "KL": 3, "HAS_DUAL_CLIP": True, "HAS_IMPORTANCE": True, "BLOCK": 256},
+        ),
     ]
 
 

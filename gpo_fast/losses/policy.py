@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from gpo_fast.losses import token_loss
 from gpo_fast.losses.head import IGNORED
 from gpo_fast.losses.linear_logprob import HeadInputs, logprobs_and_entropy
 from gpo_fast.losses.sequences import LossOutput, Sequences, count_or, masked_mean, sequences_of
@@ -205,21 +206,30 @@ def linear_policy_loss(
         count_or(num_tokens, mask.sum(), new, "num_tokens"),
     )
     token_share = _token_share(options, sequences, mask, normalisers)
-    terms, log_ratio = _policy_terms(options, new, old, advantage.to(new.dtype), sequences, mask)
-    metrics = ratio_metrics(log_ratio.detach(), present, options)
+    token_weight = token_share if weights is None else token_share * flat(weights)
+    importance = None
     if rollout_logprobs is not None:
         mismatch = torch.where(present, old.detach() - flat(rollout_logprobs), 0.0)
         importance = mismatch.clamp(max=MAX_LOG_RATIO).exp().clamp(max=importance_cap)
-        terms = terms * importance
-        metrics["importance_weight_mean"] = masked_mean(importance, present)
-    if ref_logprobs is not None:
-        divergence = kl_estimate(kl, new, torch.where(present, flat(ref_logprobs), 0.0))
-        metrics["kl"] = masked_mean(divergence.detach(), present)
-        if beta != 0.0:
-            terms = terms + beta * divergence
-    token_weight = token_share if weights is None else token_share * flat(weights)
-    loss = (torch.where(present, terms, 0.0) * token_weight).sum()
+    ref = None if ref_logprobs is None else torch.where(present, flat(ref_logprobs), 0.0)
+    advantage = advantage.to(new.dtype)
+    if token_loss.supported(new, loss_type, [old, ref, advantage, importance, token_weight]):
+        share = torch.where(present, token_weight, 0.0)
+        loss = token_loss.fused_loss(new, old, ref, advantage, importance, share, options, beta, MAX_LOG_RATIO)
+        log_ratio = (new - old).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    else:
+        terms, log_ratio = _policy_terms(options, new, old, advantage, sequences, mask)
+        if importance is not None:
+            terms = terms * importance
+        if ref is not None and beta != 0.0:
+            terms = terms + beta * kl_estimate(kl, new, ref)
+        loss = (torch.where(present, terms, 0.0) * token_weight).sum()
 
+    metrics = ratio_metrics(log_ratio.detach(), present, options)
+    if importance is not None:
+        metrics["importance_weight_mean"] = masked_mean(importance, present)
+    if ref is not None:
+        metrics["kl"] = masked_mean(kl_estimate(kl, new.detach(), ref), present)
     with_entropy = return_entropy or entropy_coef != 0.0
     if with_entropy:
         metrics["entropy"] = masked_mean(entropy.detach().reshape(-1), present)

@@ -25,6 +25,7 @@ from gpo_fast.config import GPOConfig
 from gpo_fast.data import check_dataset
 from gpo_fast.forest import TokenForest
 from gpo_fast.losses import linear_policy_loss
+from gpo_fast.losses.linear_logprob import HeadInputs
 from gpo_fast.losses.shared_rows import token_logprobs
 from gpo_fast.procedure import Experience, GuidedSampler, TrainingRow
 from gpo_fast.rewards import RewardFunctions
@@ -323,14 +324,13 @@ class GPOTrainer(Trainer):
         with batch.attention(model), model.disable_adapter() if self._is_peft else nullcontext():
             logprobs, _ = token_logprobs(
                 batch.hidden(base.get_decoder()),
-                base.get_output_embeddings().weight,
                 batch.targets,
+                HeadInputs(
+                    base.get_output_embeddings().weight, temperature=self.args.temperature, **self._head_options()
+                ),
                 batch.shared,
-                lora=None,
-                temperature=self.args.temperature,
                 want_entropy=False,
                 entropy_needs_grad=False,
-                **self._head_options(),
             )
         return logprobs
 

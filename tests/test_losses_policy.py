@@ -331,6 +331,24 @@ def test_overflowing_ratios_and_huge_advantages_stay_finite(loss_type: str) -> N
     assert torch.isfinite(hidden.grad).all()
 
 
+@pytest.mark.parametrize("loss_type", [name for name in ALL_TYPES if name != "awr"])
+def test_advantages_of_zero_give_no_gradient(loss_type: str) -> None:
+    case = Case()
+    hidden = case.hidden.clone().requires_grad_()
+    output = linear_policy_loss(
+        hidden,
+        case.weight,
+        case.targets,
+        loss_type=loss_type,
+        advantages=torch.zeros(BATCH, dtype=torch.float64),
+        old_logprobs=case.old,
+        **options(loss_type),
+    )
+    output.loss.backward()
+    assert output.loss == 0
+    assert hidden.grad.abs().max() == 0
+
+
 @pytest.mark.parametrize("loss_type", ALL_TYPES)
 def test_a_batch_without_targets_has_no_loss(loss_type: str) -> None:
     hidden = torch.randn(3, 5, 8, requires_grad=True)

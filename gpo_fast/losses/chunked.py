@@ -1,27 +1,27 @@
 """Log-probabilities of a linear head and their gradients in torch, in chunks of rows and of vocabulary.
 
-With z the logits of a row, p = softmax(z), y a target of the row and c = d z / d raw (1 / temperature, times
-the slope of the soft-cap):
-
-    logprob = z_y - lse(z)             d logprob / d raw_v = (1[v = y] - p_v) c_v
-    entropy = lse(z) - sum_v p_v z_v   d entropy / d raw_v = -p_v (z_v - sum_u p_u z_u) c_v
-
-`forward` keeps, on request, the unscaled rows that a frozen head needs for its backward (`backward_frozen`):
-nothing is then recomputed, whatever the loss does with the log-probabilities. A row's own targets are left
-out of these sums and added in the backward with the weight p_y - 1 in full precision: where p_y is almost 1,
-the difference W_y - sum_v p_v W_v would otherwise be nothing but rounding error. `backward` recomputes the
-logits and also gives the gradients of the head.
+The path for every device and dtype that has no kernels of its own. The formulas are in `rows.py`. On a GPU, rows
+with several targets add them with atomics (`index_add_`): only there the last bits may differ from run to run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpo_fast.losses.head import Head, matmul_wide, wide_dtype
+from gpo_fast.losses.rows import (
+    Batch,
+    ForwardWants,
+    Gradients,
+    GradientWants,
+    OutputGradients,
+    Rows,
+    row_sums,
+    target_shares,
+)
 
 # Elements of one chunk of logits: 8 MiB in float32 on a CPU, so that the passes over a chunk stay in its
 # cache.
@@ -30,82 +30,26 @@ GPU_CHUNK_ELEMENTS = 1 << 26
 ROWS_PER_CHUNK = 1024
 
 
-class Rows(NamedTuple):
-    """What the forward pass knows of N rows and K targets, in the wide dtype; the last two in that of
-    `hidden`."""
-
-    target_logits: Tensor  # (K,)
-    target_slopes: Tensor  # (K,)  d z / d raw at the target
-    lse: Tensor  # (N,)
-    entropy: Tensor  # (N,)  meaningless unless wanted
-    expected: Tensor | None  # (N, H)  sum of p_v c_v W_v over all v but the row's targets
-    entropy_row: Tensor | None  # (N, H)  sum of p_v (z_v - mean) c_v W_v over all v but the row's targets
-
-
-class Gradients(NamedTuple):
-    """Gradients of the inputs, None where not wanted."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    extra: Tensor | None
-    lora_b: Tensor | None
-
-
-def forward(
-    head: Head,
-    hidden: Tensor,
-    extra: Tensor | None,
-    targets: Tensor,
-    target_rows: Tensor,
-    *,
-    want_entropy: bool = False,
-    want_expected: bool = False,
-    want_entropy_row: bool = False,
-) -> Rows:
-    """One pass over the vocabulary. hidden (N, H), extra (N, r), targets (K,), target_rows (K,) ascending.
-
-    A target outside [0, V), as it occurs where `head` is a shard of the vocabulary, gets the logit -inf.
-    `want_entropy_row` needs `want_expected`.
-    """
-    chunks = [
-        _forward_rows(
-            head,
-            hidden[rows],
-            None if extra is None else extra[rows],
-            targets[entries],
-            target_rows[entries] - rows.start,
-            want_entropy or want_entropy_row,
-            want_expected,
-            want_entropy_row,
-        )
-        for rows, entries in row_chunks(hidden.shape[0], target_rows)
-    ]
+def forward(head: Head, batch: Batch, wants: ForwardWants) -> Rows:
+    """One pass over the vocabulary."""
+    chunks = [_forward_rows(head, part, wants) for _, _, part in row_chunks(batch)]
     columns = (torch.cat(column) if column[0] is not None else None for column in zip(*chunks))
     return Rows(*columns)  # type: ignore[arg-type]
 
 
-def _forward_rows(
-    head: Head,
-    hidden: Tensor,
-    extra: Tensor | None,
-    targets: Tensor,
-    target_rows: Tensor,
-    want_entropy: bool,
-    want_expected: bool,
-    want_entropy_row: bool,
-) -> Rows:
+def _forward_rows(head: Head, batch: Batch, wants: ForwardWants) -> Rows:
+    hidden, targets, target_rows = batch.hidden, batch.targets, batch.target_rows
     count, width = hidden.shape
     top = hidden.new_full((count,), -torch.inf, dtype=wide_dtype(hidden.dtype))  # running maximum
     mass = torch.zeros_like(top)  # sum exp(z - top)
     moment = torch.zeros_like(top)  # sum exp(z - top) (z - top)
     target_logits = top.new_full(targets.shape, -torch.inf)
     target_slopes = torch.zeros_like(target_logits)
-    expected = top.new_zeros((count, width)) if want_expected else None
-    entropy_row = top.new_zeros((count, width)) if want_entropy_row else None
+    expected = top.new_zeros((count, width)) if wants.expected else None
+    entropy_row = top.new_zeros((count, width)) if wants.entropy_row else None
 
     for vocab in vocab_chunks(head, count):
-        logits, slope = head.logits(hidden, extra, vocab)
+        logits, slope = head.logits(hidden, batch.extra, vocab)
         here, at = entries_within(vocab, targets, target_rows)
         target_logits[here] = logits[at]
         target_slopes[here] = (1.0 if slope is None else slope[at]) / head.temperature
@@ -118,7 +62,7 @@ def _forward_rows(
         top = new_top
         centred = logits.sub_(origin.unsqueeze(-1))
         weights = torch.exp(centred)
-        if want_entropy:
+        if wants.entropy or wants.entropy_row:
             moments = (weights * centred).nan_to_num_(nan=0.0)  # 0 * -inf
             moment = shrink * (moment - rise * mass) + moments.sum(-1)
         mass = shrink * mass + weights.sum(-1)
@@ -144,77 +88,50 @@ def _forward_rows(
 
 
 def backward_frozen(
-    head: Head,
-    rows: Rows,
-    targets: Tensor,
-    target_rows: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
+    head: Head, rows: Rows, targets: Tensor, target_rows: Tensor, first: Tensor, gradients: OutputGradients
 ) -> Tensor:
     """Gradient (N, H) of the hidden states from the rows that `forward` kept, without the logits."""
     if rows.expected is None:
         raise ValueError("the forward pass kept no gradient rows")
-    share, row_grad = target_shares(rows, target_rows, grad_logprobs, grad_entropy)
-    grad = rows.expected * -row_grad.unsqueeze(-1)
-    if grad_entropy is not None and rows.entropy_row is not None:
-        grad -= rows.entropy_row * grad_entropy.unsqueeze(-1)
+    row_gradients = row_sums(gradients.logprobs, first)
+    share = target_shares(rows, target_rows, gradients, row_gradients)
+    grad = rows.expected * -row_gradients.unsqueeze(-1)
+    if gradients.entropy is not None and rows.entropy_row is not None:
+        grad -= rows.entropy_row * gradients.entropy.unsqueeze(-1)
     for part in torch.arange(targets.shape[0], device=targets.device).split(ROWS_PER_CHUNK):
         inside = part[(targets[part] >= 0) & (targets[part] < head.weight.shape[0])]
         grad.index_add_(0, target_rows[inside], head.weight[targets[inside]] * share[inside].unsqueeze(-1))
     return grad
 
 
-def target_shares(
-    rows: Rows, target_rows: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """d loss / d raw logit at each target (K,), and the sum of each row's logprob gradients (N,)."""
-    row_grad = torch.zeros_like(rows.lse).index_add_(0, target_rows, grad_logprobs)
-    prob = torch.exp(rows.target_logits - rows.lse[target_rows])
-    share = grad_logprobs - row_grad[target_rows] * prob
-    if grad_entropy is not None:
-        centred = rows.target_logits - rows.lse[target_rows] + rows.entropy[target_rows]
-        share = share - grad_entropy[target_rows] * prob * centred.nan_to_num(neginf=0.0)
-    return share * rows.target_slopes, row_grad
-
-
 def backward(
-    head: Head,
-    hidden: Tensor,
-    extra: Tensor | None,
-    targets: Tensor,
-    target_rows: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    *,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-    want_extra: bool,
-    want_lora_b: bool,
+    head: Head, batch: Batch, lse: Tensor, entropy: Tensor, gradients: OutputGradients, wants: GradientWants
 ) -> Gradients:
-    """Recompute the logits and give the gradients that are wanted, in the dtypes of their inputs."""
-    wide = lse.dtype
-    row_grad = torch.zeros_like(lse).index_add_(0, target_rows, grad_logprobs)
-    grad_hidden = hidden.new_zeros(hidden.shape, dtype=wide) if want_hidden else None
-    grad_weight = hidden.new_zeros(head.weight.shape, dtype=wide) if want_weight else None
-    grad_bias = hidden.new_zeros(head.weight.shape[0], dtype=wide) if want_bias else None
-    grad_extra = hidden.new_zeros(extra.shape, dtype=wide) if want_extra and extra is not None else None
-    grad_lora_b = hidden.new_zeros(head.lora_b.shape, dtype=wide) if want_lora_b and head.lora_b is not None else None
-    for rows, entries in row_chunks(hidden.shape[0], target_rows):
-        x, u = hidden[rows], None if extra is None else extra[rows]
+    """Recompute the logits and give the gradients that are wanted."""
+    hidden, extra = batch.hidden, batch.extra
+    row_gradients = row_sums(gradients.logprobs, batch.first_entries())
+
+    def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
+        return torch.zeros_like(like, dtype=lse.dtype) if wanted and like is not None else None
+
+    grad_hidden = zeros(hidden, wants.hidden)
+    grad_weight = zeros(head.weight, wants.weight)
+    grad_bias = zeros(head.bias, wants.bias)
+    grad_extra = zeros(extra, wants.extra)
+    grad_lora_b = zeros(head.lora_b, wants.lora_b)
+    for rows, entries, part in row_chunks(batch):
+        x, u = part.hidden, part.extra
         for vocab in vocab_chunks(head, x.shape[0]):
             logits, slope = head.logits(x, u, vocab)
-            here, at = entries_within(vocab, targets[entries], target_rows[entries] - rows.start)
+            here, at = entries_within(vocab, part.targets, part.target_rows)
             log_probs = logits.sub_(lse[rows].unsqueeze(-1))
             grad = torch.exp(log_probs)
-            if grad_entropy is None:
-                grad *= -row_grad[rows].unsqueeze(-1)
+            if gradients.entropy is None:
+                grad *= -row_gradients[rows].unsqueeze(-1)
             else:
                 centred = log_probs.add_(entropy[rows].unsqueeze(-1)).nan_to_num_(neginf=0.0)
-                grad *= centred.mul_(-grad_entropy[rows].unsqueeze(-1)) - row_grad[rows].unsqueeze(-1)
-            grad[at] += grad_logprobs[entries][here]
+                grad *= centred.mul_(-gradients.entropy[rows].unsqueeze(-1)) - row_gradients[rows].unsqueeze(-1)
+            grad[at] += gradients.logprobs[entries][here]
             if slope is not None:
                 grad *= slope
             if head.temperature != 1.0:
@@ -243,16 +160,23 @@ def backward(
     )
 
 
-def row_chunks(count: int, target_rows: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows, each with the slice of the entries that belong to them (`target_rows` is ascending)."""
-    starts = range(0, max(count, 1), ROWS_PER_CHUNK)
+def row_chunks(batch: Batch) -> Iterator[tuple[slice, slice, Batch]]:
+    """Slices of rows, each with the slice of the entries that belong to them, and that part of the batch."""
+    starts = range(0, max(batch.count, 1), ROWS_PER_CHUNK)
     if len(starts) == 1:
-        yield slice(0, count), slice(0, target_rows.shape[0])
+        yield slice(0, batch.count), slice(0, batch.targets.shape[0]), batch
         return
-    bounds = torch.tensor([*starts, count], device=target_rows.device)
-    entries = torch.searchsorted(target_rows.contiguous(), bounds).tolist()
+    bounds = torch.tensor([*starts, batch.count], device=batch.target_rows.device)
+    edges = torch.searchsorted(batch.target_rows.contiguous(), bounds).tolist()
     for index, start in enumerate(starts):
-        yield slice(start, min(start + ROWS_PER_CHUNK, count)), slice(entries[index], entries[index + 1])
+        rows = slice(start, min(start + ROWS_PER_CHUNK, batch.count))
+        entries = slice(edges[index], edges[index + 1])
+        extra = None if batch.extra is None else batch.extra[rows]
+        yield (
+            rows,
+            entries,
+            Batch(batch.hidden[rows], extra, batch.targets[entries], batch.target_rows[entries] - start),
+        )
 
 
 def vocab_chunks(head: Head, count: int) -> Iterator[slice]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gpo_fast import _C
-from gpo_fast.losses.chunked import Gradients, Rows
 from gpo_fast.losses.head import Head
+from gpo_fast.losses.rows import Batch, ForwardWants, Gradients, GradientWants, OutputGradients, Rows, row_sums
 
 
 def supported(head: Head, hidden: Tensor) -> bool:
@@ -22,24 +22,15 @@ def supported(head: Head, hidden: Tensor) -> bool:
     )
 
 
-def forward(
-    head: Head,
-    hidden: Tensor,
-    targets: Tensor,
-    target_rows: Tensor,
-    *,
-    want_expected: bool,
-    want_entropy_row: bool,
-) -> Rows:
-    """`chunked.forward`; the entropy is always computed."""
-    rows = hidden.shape[0]
-    target_logits = torch.empty(targets.shape, dtype=torch.float32)
-    target_slopes = torch.empty(targets.shape, dtype=torch.float32)
-    lse = torch.empty(rows, dtype=torch.float32)
-    entropy = torch.empty(rows, dtype=torch.float32)
-    expected = torch.empty_like(hidden) if want_expected else None
-    entropy_row = torch.empty_like(hidden) if want_entropy_row else None
-    kept = _Inputs(head, hidden, targets, target_rows)
+def forward(head: Head, batch: Batch, wants: ForwardWants) -> Rows:
+    """`chunked.forward` without an adapter on the head; the entropy is always computed."""
+    target_logits = torch.empty(batch.targets.shape, dtype=torch.float32)
+    target_slopes = torch.empty(batch.targets.shape, dtype=torch.float32)
+    lse = torch.empty(batch.count, dtype=torch.float32)
+    entropy = torch.empty(batch.count, dtype=torch.float32)
+    expected = torch.empty_like(batch.hidden) if wants.expected else None
+    entropy_row = torch.empty_like(batch.hidden) if wants.entropy_row else None
+    kept = _Inputs(head, batch)
     _C.linear_logprob_forward(
         kept.handle,
         target_logits=target_logits.data_ptr(),
@@ -54,26 +45,17 @@ def forward(
 
 
 def backward(
-    head: Head,
-    hidden: Tensor,
-    targets: Tensor,
-    target_rows: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    *,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    head: Head, batch: Batch, lse: Tensor, entropy: Tensor, gradients: OutputGradients, wants: GradientWants
 ) -> Gradients:
     """`chunked.backward` without an adapter on the head."""
-    grad_hidden = torch.empty_like(hidden) if want_hidden else None
-    grad_weight = torch.empty_like(head.weight) if want_weight else None
-    grad_bias = torch.empty(head.weight.shape[0], dtype=torch.float32) if want_bias else None
-    kept = _Inputs(head, hidden, targets, target_rows)
-    row_grad = torch.zeros_like(lse).index_add_(0, target_rows, grad_logprobs)
-    arrays = [None if array is None else array.contiguous() for array in (lse, entropy, grad_logprobs, grad_entropy)]
+    grad_hidden = torch.empty_like(batch.hidden) if wants.hidden else None
+    grad_weight = torch.empty_like(head.weight) if wants.weight else None
+    grad_bias = torch.empty(head.weight.shape[0], dtype=torch.float32) if wants.bias else None
+    kept = _Inputs(head, batch)
+    row_grad = row_sums(gradients.logprobs, batch.first_entries())
+    arrays = [
+        None if array is None else array.contiguous() for array in (lse, entropy, gradients.logprobs, gradients.entropy)
+    ]
     _C.linear_logprob_backward(
         kept.handle,
         lse=_address(arrays[0]),
@@ -88,14 +70,19 @@ def backward(
     )
     if grad_bias is not None and head.bias is not None:
         grad_bias = grad_bias.to(head.bias.dtype)
-    return Gradients(grad_hidden, grad_weight, grad_bias, None, None)
+    return Gradients(grad_hidden, grad_weight, grad_bias)
 
 
 class _Inputs:
     """The handle that the kernels take, and the tensors that it points into: both live equally long."""
 
-    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, target_rows: Tensor) -> None:
-        self.tensors = [hidden.contiguous(), head.weight, targets.contiguous(), target_rows.contiguous()]
+    def __init__(self, head: Head, batch: Batch) -> None:
+        self.tensors = [
+            batch.hidden.contiguous(),
+            head.weight,
+            batch.targets.contiguous(),
+            batch.target_rows.contiguous(),
+        ]
         self.bias = None if head.bias is None else head.bias.float().contiguous()
         self.handle = _C.LogprobInputs(
             hidden=self.tensors[0].data_ptr(),
@@ -103,10 +90,10 @@ class _Inputs:
             bias=_address(self.bias),
             targets=self.tensors[2].data_ptr(),
             target_rows=self.tensors[3].data_ptr(),
-            rows=hidden.shape[0],
+            rows=batch.count,
             vocab=head.weight.shape[0],
-            width=hidden.shape[1],
-            entries=targets.shape[0],
+            width=batch.hidden.shape[1],
+            entries=batch.targets.shape[0],
             temperature=head.temperature,
             softcap=head.softcap or 0.0,
         )

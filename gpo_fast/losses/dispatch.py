@@ -1,112 +1,61 @@
-"""Chooses the code that runs: CPU with bfloat16 instructions -> C++, anything else -> chunked torch."""
+"""Chooses the code that runs: CUDA -> Triton, CPU with bfloat16 instructions -> C++, anything else -> chunked torch."""
 
 from __future__ import annotations
 
 import functools
 import logging
+from types import ModuleType
 
 from torch import Tensor
 
 from gpo_fast.losses import chunked, cpu
-from gpo_fast.losses.chunked import Gradients, Rows
 from gpo_fast.losses.head import Head
+from gpo_fast.losses.rows import Batch, ForwardWants, Gradients, GradientWants, OutputGradients, Rows
+
+try:
+    from gpo_fast.losses import gpu
+except ImportError as error:  # Triton has no wheel for this platform
+    gpu = None  # type: ignore[assignment]
+    _NO_TRITON = str(error)
 
 logger = logging.getLogger(__name__)
 
 
-def forward(
-    head: Head,
-    hidden: Tensor,
-    extra: Tensor | None,
-    targets: Tensor,
-    target_rows: Tensor,
-    *,
-    want_entropy: bool,
-    want_expected: bool,
-    want_entropy_row: bool,
-) -> Rows:
-    """`chunked.forward` by the best code for these inputs."""
-    path = choose(head, hidden)
-    if path == "cpu":
-        return cpu.forward(
-            head,
-            hidden,
-            targets,
-            target_rows,
-            want_expected=want_expected,
-            want_entropy_row=want_entropy_row,
-        )
-    return chunked.forward(
-        head,
-        hidden,
-        extra,
-        targets,
-        target_rows,
-        want_entropy=want_entropy,
-        want_expected=want_expected,
-        want_entropy_row=want_entropy_row,
-    )
+def forward(head: Head, batch: Batch, wants: ForwardWants) -> Rows:
+    """One pass over the vocabulary by the best code for these inputs."""
+    return choose(head, batch.hidden).forward(head, batch, wants)
+
+
+def backward_frozen(
+    head: Head, rows: Rows, targets: Tensor, target_rows: Tensor, first: Tensor, gradients: OutputGradients
+) -> Tensor:
+    """Gradient (N, H) of the hidden states from the rows that `forward` kept, without the logits."""
+    assert rows.expected is not None
+    on_gpu = gpu is not None and gpu.supported(head, rows.expected)
+    path = gpu if on_gpu else chunked
+    return path.backward_frozen(head, rows, targets, target_rows, first, gradients)
 
 
 def backward(
-    head: Head,
-    hidden: Tensor,
-    extra: Tensor | None,
-    targets: Tensor,
-    target_rows: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    *,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-    want_extra: bool,
-    want_lora_b: bool,
+    head: Head, batch: Batch, lse: Tensor, entropy: Tensor, gradients: OutputGradients, wants: GradientWants
 ) -> Gradients:
-    """`chunked.backward` by the best code for these inputs."""
-    path = choose(head, hidden)
-    if path == "cpu":
-        return cpu.backward(
-            head,
-            hidden,
-            targets,
-            target_rows,
-            lse,
-            entropy,
-            grad_logprobs,
-            grad_entropy,
-            want_hidden=want_hidden,
-            want_weight=want_weight,
-            want_bias=want_bias,
-        )
-    return chunked.backward(
-        head,
-        hidden,
-        extra,
-        targets,
-        target_rows,
-        lse,
-        entropy,
-        grad_logprobs,
-        grad_entropy,
-        want_hidden=want_hidden,
-        want_weight=want_weight,
-        want_bias=want_bias,
-        want_extra=want_extra,
-        want_lora_b=want_lora_b,
-    )
+    """Recompute the logits and give the gradients that are wanted, by the best code for these inputs."""
+    return choose(head, batch.hidden).backward(head, batch, lse, entropy, gradients, wants)
 
 
-def choose(head: Head, hidden: Tensor) -> str:
-    """The name of the path for these inputs; the log says it once."""
-    path = "cpu" if cpu.supported(head, hidden) else "torch"
-    _announce(path, str(hidden.dtype), hidden.device.type)
+def choose(head: Head, hidden: Tensor) -> ModuleType:
+    """The module with the code for these inputs; the log says once which one and why."""
+    path: ModuleType = chunked
+    if gpu is not None and gpu.supported(head, hidden):
+        path = gpu
+    elif cpu.supported(head, hidden):
+        path = cpu
+    _announce(path.__name__, str(hidden.dtype), hidden.device.type)
     return path
 
 
 @functools.cache
 def _announce(path: str, dtype: str, device: str) -> None:
-    names = {"cpu": "C++ (AVX-512 BF16)", "torch": "chunked torch"}
-    logger.info("linear_logprob of %s on %s runs in %s", dtype, device, names[path])
+    names = {"gpu": "Triton", "cpu": "C++ (AVX-512 BF16)", "chunked": "chunked torch"}
+    reason = f" (no Triton: {_NO_TRITON})" if device == "cuda" and gpu is None else ""
+    logger.info("linear_logprob of %s on %s runs in %s%s", dtype, device, names[path.rpartition(".")[2]], reason)

@@ -3,13 +3,29 @@ at once."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from gpo_fast.losses.head import IGNORED
-from gpo_fast.losses.ops import LinearLogprob
+from gpo_fast.losses.ops import LinearLogprob, LogprobOptions
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """The head as a caller names it; see `linear_logprob` for each field."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    temperature: float = 1.0
+    softcap: float | None = None
+    lora: tuple[Tensor, Tensor, float] | None = None
+    tp_group: ProcessGroup | None = None
+    vocab_start: int | None = None
 
 
 @overload
@@ -23,6 +39,8 @@ def linear_logprob(
     softcap: float | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
     row_offsets: Tensor | None = None,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     return_entropy: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -38,6 +56,8 @@ def linear_logprob(
     softcap: float | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
     row_offsets: Tensor | None = None,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -52,6 +72,8 @@ def linear_logprob(
     softcap: float | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
     row_offsets: Tensor | None = None,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities of `targets` under softmax(softcap(hidden @ weight.T + bias) / temperature).
@@ -70,6 +92,11 @@ def linear_logprob(
         row_offsets: (T + 1,) int64, for several targets per row (the branch points of a packed forest): the
             targets of row t are targets[row_offsets[t]:row_offsets[t + 1]], distinct within the row. `hidden`
             is (T, H).
+        tp_group: the processes over which the vocabulary is spread (vocabulary-parallel head). Each passes the
+            same hidden states and targets (of the whole vocabulary) and its own rows of weight, bias and lora's B;
+            all get the same results. The gradient of `hidden` is summed over the group.
+        vocab_start: with `tp_group`, the first row of this shard; default: shards of equal size in the order of
+            their ranks.
         return_entropy: also return the entropy of each row's distribution, in nats.
 
     Returns:
@@ -83,12 +110,8 @@ def linear_logprob(
     """
     logprobs, entropy = logprobs_and_entropy(
         hidden,
-        weight,
         targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        lora=lora,
+        HeadInputs(weight, bias, temperature, softcap, lora, tp_group, vocab_start),
         row_offsets=row_offsets,
         want_entropy=return_entropy,
         entropy_needs_grad=return_entropy and torch.is_grad_enabled(),
@@ -98,44 +121,47 @@ def linear_logprob(
 
 def logprobs_and_entropy(
     hidden: Tensor,
-    weight: Tensor,
     targets: Tensor,
+    head: HeadInputs,
     *,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    lora: tuple[Tensor, Tensor, float] | None,
-    row_offsets: Tensor | None,
+    row_offsets: Tensor | None = None,
     want_entropy: bool,
     entropy_needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """`linear_logprob` where the entropy need not carry a gradient, which costs a frozen head 2TVH FLOPs."""
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check(hidden, weight, targets, bias, temperature, softcap, row_offsets)
+    hidden, weight, bias = _autocast(hidden, head.weight, head.bias)
+    _check(hidden, weight, bias, targets, head, row_offsets)
     rows = hidden.reshape(-1, hidden.shape[-1])
     flat = targets.reshape(-1)
     extra, lora_b = None, None
-    if lora is not None:
-        lora_a, lora_b, scale = lora
+    if head.lora is not None:
+        lora_a, lora_b, scale = head.lora
         _check_lora(lora_a, lora_b, weight)
         extra = (rows @ lora_a.to(rows.dtype).t()) * scale
         lora_b = lora_b.to(rows.dtype)
+    options = LogprobOptions(
+        float(head.temperature),
+        None if head.softcap is None else float(head.softcap),
+        want_entropy,
+        entropy_needs_grad,
+        _vocab_start(head),
+        head.tp_group,
+    )
     # The inputs have their final types: autocast inside would round the float32 logits to its own.
     with torch.autocast(hidden.device.type, enabled=False):
         logprobs, entropy = LinearLogprob.apply(
-            rows,
-            weight,
-            bias,
-            extra,
-            lora_b,
-            flat,
-            _target_rows(rows, flat, row_offsets),
-            float(temperature),
-            None if softcap is None else float(softcap),
-            want_entropy,
-            entropy_needs_grad,
+            rows, weight, bias, extra, lora_b, flat, _target_rows(rows, flat, row_offsets), options
         )
     return logprobs.reshape(targets.shape), entropy.reshape(hidden.shape[:-1])
+
+
+def _vocab_start(head: HeadInputs) -> int:
+    """The first vocabulary entry of this process's rows of the head."""
+    if head.tp_group is None:
+        return 0
+    if head.vocab_start is not None:
+        return head.vocab_start
+    return dist.get_rank(head.tp_group) * head.weight.shape[0]
 
 
 def _target_rows(rows: Tensor, targets: Tensor, row_offsets: Tensor | None) -> Tensor:
@@ -158,10 +184,9 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 def _check(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
+    targets: Tensor,
+    head: HeadInputs,
     row_offsets: Tensor | None,
 ) -> None:
     if hidden.dim() not in (2, 3) or not hidden.is_floating_point():
@@ -179,10 +204,12 @@ def _check(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have the shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if not head.temperature > 0:
+        raise ValueError(f"temperature must be positive, got {head.temperature}")
+    if head.softcap is not None and not head.softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {head.softcap}")
+    if head.vocab_start is not None and (head.tp_group is None or head.vocab_start < 0):
+        raise ValueError(f"vocab_start goes with tp_group and is not negative; got {head.vocab_start}")
     if targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64, got {targets.dtype}")
     if row_offsets is None:
@@ -198,9 +225,11 @@ def _check(
         )
     if torch.compiler.is_compiling():
         return
-    wrong = ((targets < 0) & (targets != IGNORED)) | (targets >= weight.shape[0])
+    # Of a shard only its own size is known: a target beyond the whole vocabulary shows as a log-probability of -inf.
+    end = weight.shape[0] if head.tp_group is None else torch.iinfo(torch.int64).max
+    wrong = ((targets < 0) & (targets != IGNORED)) | (targets >= end)
     if bool(wrong.any()):
-        raise ValueError(f"targets must be in [0, {weight.shape[0]}) or {IGNORED}, got {int(targets[wrong][0])}")
+        raise ValueError(f"targets must be in [0, {end}) or {IGNORED}, got {int(targets[wrong][0])}")
     if row_offsets is not None:
         _check_offsets(targets, row_offsets)
 

@@ -2,19 +2,34 @@
 
 Two operators: the forward pass (with the rows that a frozen head keeps) and the recomputing backward pass.
 Both have fake implementations, so `torch.compile` and gradient checkpointing see opaque nodes of known
-shapes. Rows and entries without a target are dropped inside, before any matrix product.
+shapes; what is a dataclass elsewhere is a flat list of arguments here, because operators take nothing else. Rows
+and entries without a target are dropped inside, before any matrix product.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
-from gpo_fast.losses import chunked, dispatch
+from gpo_fast.losses import dispatch
 from gpo_fast.losses.head import IGNORED, Head, wide_dtype
+from gpo_fast.losses.parallel import merge_shards, sum_over_shards
+from gpo_fast.losses.rows import Batch, ForwardWants, GradientWants, OutputGradients, Rows, first_entries
+
+
+class LogprobOptions(NamedTuple):
+    """What `LinearLogprob` takes beside tensors."""
+
+    temperature: float
+    softcap: float | None
+    want_entropy: bool
+    entropy_needs_grad: bool
+    vocab_start: int = 0  # the first row of this shard of the head
+    tp_group: ProcessGroup | None = None  # the processes that hold the other shards
 
 
 @torch.library.custom_op("gpo_fast::linear_logprob_forward", mutates_args=())
@@ -28,27 +43,18 @@ def linear_logprob_forward(
     lora_b: Tensor | None,
     temperature: float,
     softcap: float | None,
+    vocab_start: int,
     want_entropy: bool,
     want_expected: bool,
     want_entropy_row: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Target logits (K,), their slopes (K,), log-sum-exp (N,), entropy (N,) and the kept rows (N, H) or (0,
-    H).
+    """Target logits (K,), their slopes (K,), log-sum-exp (N,), entropy (N,) and the kept rows (N, H) or (0, H).
 
     Ignored entries have the logit 0, ignored rows (without any kept target) the log-sum-exp 0 and empty sums.
     """
     head = Head(weight, bias, lora_b, temperature, softcap)
-    entries, rows, compact_rows = _kept(targets, target_rows, hidden.shape[0])
-    result = dispatch.forward(
-        head,
-        _take(hidden, rows),
-        None if extra is None else _take(extra, rows),
-        targets[entries],
-        compact_rows,
-        want_entropy=want_entropy,
-        want_expected=want_expected,
-        want_entropy_row=want_entropy_row,
-    )
+    entries, rows, batch = _kept(hidden, extra, targets, target_rows, vocab_start)
+    result = dispatch.forward(head, batch, ForwardWants(want_entropy, want_expected, want_entropy_row))
     width = hidden.shape[1]
     outputs = _empty_outputs(hidden, targets, want_expected, want_entropy_row, zeros=True)
     for output, values, where in (
@@ -76,6 +82,7 @@ def _(
     lora_b: Tensor | None,
     temperature: float,
     softcap: float | None,
+    vocab_start: int,
     want_entropy: bool,
     want_expected: bool,
     want_entropy_row: bool,
@@ -94,6 +101,7 @@ def linear_logprob_backward(
     lora_b: Tensor | None,
     temperature: float,
     softcap: float | None,
+    vocab_start: int,
     lse: Tensor,
     entropy: Tensor,
     grad_logprobs: Tensor,
@@ -102,23 +110,9 @@ def linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight, bias, extra and lora_b; empty where `wanted` says no."""
     head = Head(weight, bias, lora_b, temperature, softcap)
-    entries, rows, compact_rows = _kept(targets, target_rows, hidden.shape[0])
-    gradients = dispatch.backward(
-        head,
-        _take(hidden, rows),
-        None if extra is None else _take(extra, rows),
-        targets[entries],
-        compact_rows,
-        lse[rows],
-        entropy[rows],
-        grad_logprobs[entries],
-        None if grad_entropy is None else grad_entropy[rows],
-        want_hidden=wanted[0],
-        want_weight=wanted[1],
-        want_bias=wanted[2],
-        want_extra=wanted[3],
-        want_lora_b=wanted[4],
-    )
+    entries, rows, batch = _kept(hidden, extra, targets, target_rows, vocab_start)
+    output_gradients = OutputGradients(grad_logprobs[entries], None if grad_entropy is None else grad_entropy[rows])
+    gradients = dispatch.backward(head, batch, lse[rows], entropy[rows], output_gradients, GradientWants(*wanted))
     return (
         hidden.new_zeros(0) if gradients.hidden is None else _spread(gradients.hidden, rows, hidden.shape[0]),
         hidden.new_zeros(0) if gradients.weight is None else gradients.weight,
@@ -139,6 +133,7 @@ def _(
     lora_b: Tensor | None,
     temperature: float,
     softcap: float | None,
+    vocab_start: int,
     lse: Tensor,
     entropy: Tensor,
     grad_logprobs: Tensor,
@@ -165,69 +160,61 @@ class LinearLogprob(torch.autograd.Function):
         lora_b: Tensor | None,
         targets: Tensor,
         target_rows: Tensor,
-        temperature: float,
-        softcap: float | None,
-        want_entropy: bool,
-        entropy_needs_grad: bool,
+        options: LogprobOptions,
     ) -> tuple[Tensor, Tensor]:
         needs = ctx.needs_input_grad
         frozen = needs[0] and not any(needs[1:5])
-        target_logits, slopes, lse, entropy, expected, entropy_row = linear_logprob_forward(
-            hidden,
-            weight,
-            targets,
-            target_rows,
-            bias,
-            extra,
-            lora_b,
-            temperature,
-            softcap,
-            want_entropy,
-            frozen,
-            frozen and entropy_needs_grad,
+        rows = Rows(
+            *linear_logprob_forward(
+                hidden,
+                weight,
+                targets,
+                target_rows,
+                bias,
+                extra,
+                lora_b,
+                options.temperature,
+                options.softcap,
+                options.vocab_start,
+                options.want_entropy,
+                frozen,
+                frozen and options.entropy_needs_grad,
+            )
         )
-        logprobs = torch.where(targets == IGNORED, 0.0, target_logits - lse[target_rows])
+        if options.tp_group is not None:
+            rows = merge_shards(rows, targets, target_rows, options.tp_group)
+        logprobs = torch.where(targets == IGNORED, 0.0, rows.target_logits - rows.lse[target_rows])
         ctx.frozen = frozen
-        ctx.entropy_needs_grad = entropy_needs_grad
-        ctx.options = (temperature, softcap)
+        ctx.options = options
         ctx.set_materialize_grads(False)
-        shared = (targets, target_rows, lse, entropy)
         if frozen:
-            ctx.save_for_backward(*shared, weight, target_logits, slopes, expected, entropy_row)
+            ctx.save_for_backward(targets, target_rows, weight, *rows)
         else:
-            ctx.save_for_backward(*shared, hidden, weight, bias, extra, lora_b)
-        if not entropy_needs_grad:
-            ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+            ctx.save_for_backward(targets, target_rows, weight, rows.lse, rows.entropy, hidden, bias, extra, lora_b)
+        if not options.entropy_needs_grad:
+            ctx.mark_non_differentiable(rows.entropy)
+        return logprobs, rows.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
-        nothing = (None,) * 6
-        if not ctx.entropy_needs_grad:
+        options: LogprobOptions = ctx.options
+        if not options.entropy_needs_grad:
             grad_entropy = None
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 5 + nothing
-        temperature, softcap = ctx.options
+            return (None,) * 8
         saved = ctx.saved_tensors  # once: gradient checkpointing recomputes the forward pass to give them
-        targets, target_rows, lse, entropy = saved[:4]
+        targets, target_rows, weight = saved[:3]
         if grad_logprobs is None:
-            grad_logprobs = lse.new_zeros(targets.shape)
+            assert grad_entropy is not None
+            grad_logprobs = grad_entropy.new_zeros(targets.shape)
         grad_logprobs = torch.where(targets == IGNORED, 0.0, grad_logprobs)
         if ctx.frozen:
-            weight, target_logits, slopes, expected, entropy_row = saved[4:]
-            rows = chunked.Rows(
-                target_logits,
-                slopes,
-                lse,
-                entropy,
-                expected,
-                entropy_row if ctx.entropy_needs_grad else None,
+            gradient = _frozen_gradient(
+                weight, Rows(*saved[3:]), targets, target_rows, grad_logprobs, grad_entropy, options
             )
-            head = Head(weight, temperature=temperature, softcap=softcap)
-            grad_hidden = chunked.backward_frozen(head, rows, targets, target_rows, grad_logprobs, grad_entropy)
-            return (grad_hidden.to(expected.dtype), None, None, None, None, *nothing)
-        hidden, weight, bias, extra, lora_b = saved[4:]
+            return (gradient, *(None,) * 7)
+        lse, entropy, hidden, bias, extra, lora_b = saved[3:]
         wanted = list(ctx.needs_input_grad[:5])
         gradients = linear_logprob_backward(
             hidden,
@@ -237,22 +224,60 @@ class LinearLogprob(torch.autograd.Function):
             bias,
             extra,
             lora_b,
-            temperature,
-            softcap,
+            options.temperature,
+            options.softcap,
+            options.vocab_start,
             lse,
             entropy,
             grad_logprobs,
             grad_entropy,
             wanted,
         )
-        return (*(gradient if want else None for want, gradient in zip(wanted, gradients)), *nothing)
+        if options.tp_group is not None:
+            # Every shard of the vocabulary adds its part to what all processes hold.
+            shared = [sum_over_shards(gradients[i], options.tp_group) if wanted[i] else gradients[i] for i in (0, 3)]
+            gradients = (shared[0], gradients[1], gradients[2], shared[1], gradients[4])
+        return (*(gradient if want else None for want, gradient in zip(wanted, gradients)), None, None, None)
 
 
-def _kept(targets: Tensor, target_rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the kept entries, of the rows that have any, and for each kept entry its row among those."""
+def _frozen_gradient(
+    weight: Tensor,
+    rows: Rows,
+    targets: Tensor,
+    target_rows: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    options: LogprobOptions,
+) -> Tensor:
+    """Gradient (N, H) of the hidden states from the kept rows, in their dtype."""
+    assert rows.expected is not None
+    dtype = rows.expected.dtype
+    if not options.entropy_needs_grad:
+        rows = rows._replace(entropy_row=None)
+    head = Head(weight, temperature=options.temperature, softcap=options.softcap)
+    # An ignored entry stays outside of every vocabulary.
+    local = torch.where(targets == IGNORED, -1, targets - options.vocab_start)
+    first = first_entries(target_rows, rows.lse.shape[0])
+    output_gradients = OutputGradients(grad_logprobs, grad_entropy)
+    gradient = dispatch.backward_frozen(head, rows, local, target_rows, first, output_gradients)
+    if options.tp_group is not None:
+        gradient = sum_over_shards(gradient, options.tp_group)
+    return gradient.to(dtype)
+
+
+def _kept(
+    hidden: Tensor, extra: Tensor | None, targets: Tensor, target_rows: Tensor, vocab_start: int
+) -> tuple[Tensor, Tensor, Batch]:
+    """Indices of the kept entries and of the rows that have any, and the batch that is made of them."""
     entries = (targets != IGNORED).nonzero().squeeze(-1)
     rows, compact_rows = torch.unique_consecutive(target_rows[entries], return_inverse=True)
-    return entries, rows, compact_rows
+    batch = Batch(
+        _take(hidden, rows),
+        None if extra is None else _take(extra, rows),
+        targets[entries] - vocab_start,
+        compact_rows,
+    )
+    return entries, rows, batch
 
 
 def _take(values: Tensor, rows: Tensor) -> Tensor:

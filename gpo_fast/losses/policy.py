@@ -22,8 +22,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from gpo_fast.losses import token_loss
 from gpo_fast.losses.head import IGNORED
+from gpo_fast.losses.linear_logprob import HeadInputs
 from gpo_fast.losses.sequences import LossOutput, Sequences, count_or, masked_mean, sequences_of
 from gpo_fast.losses.shared_rows import SharedRows, token_logprobs
 
@@ -33,6 +36,40 @@ KLEstimator = Literal["k1", "k2", "k3"]
 # exp(20) is 5e8: a ratio beyond it carries no information, only overflow. The gradient is zero where it is
 # clamped.
 MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """The numbers of a policy loss; see `linear_policy_loss` for each."""
+
+    loss_type: PolicyLoss
+    epsilon: float
+    epsilon_high: float
+    dual_clip: float | None = None
+    kl: KLEstimator = "k3"
+    awr_beta: float = 1.0
+    awr_max_exponent: float = 5.0
+    importance_cap: float = 2.0
+    max_completion_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss_type not in get_args(PolicyLoss):
+            raise ValueError(f"loss_type must be one of {', '.join(get_args(PolicyLoss))}; got {self.loss_type!r}")
+        if self.kl not in get_args(KLEstimator):
+            raise ValueError(f"kl must be one of {', '.join(get_args(KLEstimator))}; got {self.kl!r}")
+        if not 0 <= self.epsilon < 1:
+            raise ValueError(f"epsilon must be in [0, 1), got {self.epsilon}")
+        if self.epsilon_high < 0:
+            raise ValueError(f"epsilon_high must not be negative, got {self.epsilon_high}")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip must be greater than 1 or None, got {self.dual_clip}")
+        if not self.awr_beta > 0:
+            raise ValueError(f"awr_beta must be positive, got {self.awr_beta}")
+        if not self.importance_cap > 0:
+            raise ValueError(f"importance_cap must be positive, got {self.importance_cap}")
+        length = self.max_completion_length
+        if self.loss_type == "dr_grpo" and (length is None or length < 1):
+            raise ValueError(f"dr_grpo needs max_completion_length, at least 1; got {length}")
 
 
 @dataclass(frozen=True)
@@ -74,12 +111,15 @@ def linear_policy_loss(
     softcap: float | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
     shared: SharedRows | None = None,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> LossOutput:
     """A policy-gradient loss straight from hidden states. Minimise `loss`.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, lora: as in `linear_logprob`; (T, H) and (T,), or
-            (B, T, H) and (B, T), where each row of the batch is one sequence. Targets of -100 are ignored.
+        hidden, weight, targets, bias, temperature, softcap, lora, tp_group, vocab_start: as in `linear_logprob`;
+            (T, H) and (T,), or (B, T, H) and (B, T), where each row of the batch is one sequence.
+            Targets of -100 are ignored.
         loss_type: see the head of this module for the formulas.
         advantages: (number of steps,) if `step_ids` is given; else per token if it has the shape of
             `targets`; else per sequence, (S,). "rloo" takes them per sequence only.
@@ -120,9 +160,17 @@ def linear_policy_loss(
     Raises:
         ValueError: for a value or a shape that does not fit; the message names it.
     """
-    _check_options(loss_type, kl, epsilon, epsilon_high, dual_clip, awr_beta, importance_cap)
-    if loss_type == "dr_grpo" and (max_completion_length is None or max_completion_length < 1):
-        raise ValueError(f"dr_grpo needs max_completion_length, at least 1; got {max_completion_length}")
+    options = PolicyOptions(
+        loss_type=loss_type,
+        epsilon=epsilon,
+        epsilon_high=epsilon if epsilon_high is None else epsilon_high,
+        dual_clip=dual_clip,
+        kl=kl,
+        awr_beta=awr_beta,
+        awr_max_exponent=awr_max_exponent,
+        importance_cap=importance_cap,
+        max_completion_length=max_completion_length,
+    )
     if beta != 0.0 and ref_logprobs is None:
         raise ValueError(f"beta = {beta} needs ref_logprobs; pass them, or beta=0")
     for name, value in (
@@ -144,13 +192,9 @@ def linear_policy_loss(
         needed = torch.where(weights == 0, IGNORED, targets)
     logprobs, entropy = token_logprobs(
         hidden,
-        weight,
         needed,
+        HeadInputs(weight, bias, temperature, softcap, lora, tp_group, vocab_start),
         shared,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        lora=lora,
         want_entropy=return_entropy or entropy_coef != 0.0,
         entropy_needs_grad=entropy_coef != 0.0 and torch.is_grad_enabled(),
     )
@@ -166,34 +210,31 @@ def linear_policy_loss(
         count_or(num_sequences, torch.tensor(sequences.count), new, "num_sequences"),
         count_or(num_tokens, mask.sum(), new, "num_tokens"),
     )
-    token_share = _token_share(loss_type, sequences, mask, normalisers, max_completion_length)
-    terms, log_ratio = _policy_terms(
-        loss_type,
-        new,
-        old,
-        advantage.to(new.dtype),
-        sequences,
-        mask,
-        epsilon,
-        epsilon if epsilon_high is None else epsilon_high,
-        dual_clip,
-        awr_beta,
-        awr_max_exponent,
-    )
-    metrics = _ratio_metrics(log_ratio.detach(), present, epsilon, epsilon if epsilon_high is None else epsilon_high)
+    token_share = _token_share(options, sequences, mask, normalisers)
+    token_weight = token_share if weights is None else token_share * flat(weights)
+    importance = None
     if rollout_logprobs is not None:
         mismatch = torch.where(present, old.detach() - flat(rollout_logprobs), 0.0)
         importance = mismatch.clamp(max=MAX_LOG_RATIO).exp().clamp(max=importance_cap)
-        terms = terms * importance
-        metrics["importance_weight_mean"] = masked_mean(importance, present)
-    if ref_logprobs is not None:
-        divergence = kl_estimate(kl, new, torch.where(present, flat(ref_logprobs), 0.0))
-        metrics["kl"] = masked_mean(divergence.detach(), present)
-        if beta != 0.0:
-            terms = terms + beta * divergence
-    token_weight = token_share if weights is None else token_share * flat(weights)
-    loss = (torch.where(present, terms, 0.0) * token_weight).sum()
+    ref = None if ref_logprobs is None else torch.where(present, flat(ref_logprobs), 0.0)
+    advantage = advantage.to(new.dtype)
+    if token_loss.supported(new, loss_type, [old, ref, advantage, importance, token_weight]):
+        share = torch.where(present, token_weight, 0.0)
+        loss = token_loss.fused_loss(new, old, ref, advantage, importance, share, options, beta, MAX_LOG_RATIO)
+        log_ratio = (new - old).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    else:
+        terms, log_ratio = _policy_terms(options, new, old, advantage, sequences, mask)
+        if importance is not None:
+            terms = terms * importance
+        if ref is not None and beta != 0.0:
+            terms = terms + beta * kl_estimate(kl, new, ref)
+        loss = (torch.where(present, terms, 0.0) * token_weight).sum()
 
+    metrics = ratio_metrics(log_ratio.detach(), present, options)
+    if importance is not None:
+        metrics["importance_weight_mean"] = masked_mean(importance, present)
+    if ref is not None:
+        metrics["kl"] = masked_mean(kl_estimate(kl, new.detach(), ref), present)
     with_entropy = return_entropy or entropy_coef != 0.0
     if with_entropy:
         metrics["entropy"] = masked_mean(entropy.detach().reshape(-1), present)
@@ -214,32 +255,23 @@ def kl_estimate(kind: KLEstimator, new: Tensor, ref: Tensor) -> Tensor:
 
 
 def _policy_terms(
-    loss_type: PolicyLoss,
-    new: Tensor,
-    old: Tensor,
-    advantage: Tensor,
-    sequences: Sequences,
-    mask: Tensor,
-    epsilon: float,
-    epsilon_high: float,
-    dual_clip: float | None,
-    awr_beta: float,
-    awr_max_exponent: float,
+    options: PolicyOptions, new: Tensor, old: Tensor, advantage: Tensor, sequences: Sequences, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The policy term of each token (T,), to be minimised, and the log-ratio that it used."""
     log_ratio = (new - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    if loss_type == "awr":
-        return -torch.exp((advantage / awr_beta).clamp(max=awr_max_exponent)) * new, log_ratio
-    if loss_type == "cispo":
-        return -log_ratio.detach().exp().clamp(max=1 + epsilon_high) * advantage * new, log_ratio
-    if loss_type == "gspo":
+    if options.loss_type == "awr":
+        return -torch.exp((advantage / options.awr_beta).clamp(max=options.awr_max_exponent)) * new, log_ratio
+    if options.loss_type == "cispo":
+        return -log_ratio.detach().exp().clamp(max=1 + options.epsilon_high) * advantage * new, log_ratio
+    if options.loss_type == "gspo":
         log_ratio = _sequence_log_ratio(new - old, sequences, mask, mean=True)
-    elif loss_type == "rloo":
+    elif options.loss_type == "rloo":
         log_ratio = _sequence_log_ratio(new - old, sequences, mask, mean=False)
     ratio = log_ratio.exp()
-    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantage)
-    if dual_clip is not None:
-        gain = torch.where(advantage < 0, torch.maximum(gain, dual_clip * advantage), gain)
+    clipped = ratio.clamp(1 - options.epsilon, 1 + options.epsilon_high)
+    gain = torch.minimum(ratio * advantage, clipped * advantage)
+    if options.dual_clip is not None:
+        gain = torch.where(advantage < 0, torch.maximum(gain, options.dual_clip * advantage), gain)
     return -gain, log_ratio
 
 
@@ -259,20 +291,14 @@ def _sequence_log_ratio(token_log_ratio: Tensor, sequences: Sequences, mask: Ten
     return (average[sequences.ids] + own).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def _token_share(
-    loss_type: PolicyLoss,
-    sequences: Sequences,
-    mask: Tensor,
-    normalisers: Normalisers,
-    max_completion_length: int | None,
-) -> Tensor:
+def _token_share(options: PolicyOptions, sequences: Sequences, mask: Tensor, normalisers: Normalisers) -> Tensor:
     """What each token's term is multiplied by in the loss: (T,) or a scalar."""
-    if loss_type in ("ppo", "bnpo", "dapo", "cispo"):
+    if options.loss_type in ("ppo", "bnpo", "dapo", "cispo"):
         return 1.0 / normalisers.tokens
-    if loss_type == "awr":
+    if options.loss_type == "awr":
         return 1.0 / normalisers.sequences
-    if loss_type == "dr_grpo":
-        return 1.0 / (normalisers.sequences * float(max_completion_length or 1))
+    if options.loss_type == "dr_grpo":
+        return 1.0 / (normalisers.sequences * float(options.max_completion_length or 1))
     lengths = sequences.sum(mask.to(normalisers.sequences.dtype)).clamp(min=1.0)
     return 1.0 / (lengths[sequences.ids] * normalisers.sequences)
 
@@ -313,36 +339,11 @@ def _forbid_rloo(loss_type: PolicyLoss, unit: str) -> None:
         raise ValueError(f"rloo has one ratio per sequence and takes advantages per sequence, not per {unit}")
 
 
-def _ratio_metrics(log_ratio: Tensor, mask: Tensor, epsilon: float, epsilon_high: float) -> dict[str, Tensor]:
+def ratio_metrics(log_ratio: Tensor, mask: Tensor, options: PolicyOptions) -> dict[str, Tensor]:
     ratio = log_ratio.exp()
     return {
         "ratio_mean": masked_mean(ratio, mask),
-        "clip_fraction_low": masked_mean((ratio < 1 - epsilon).to(ratio.dtype), mask),
-        "clip_fraction_high": masked_mean((ratio > 1 + epsilon_high).to(ratio.dtype), mask),
+        "clip_fraction_low": masked_mean((ratio < 1 - options.epsilon).to(ratio.dtype), mask),
+        "clip_fraction_high": masked_mean((ratio > 1 + options.epsilon_high).to(ratio.dtype), mask),
         "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
     }
-
-
-def _check_options(
-    loss_type: str,
-    kl: str,
-    epsilon: float,
-    epsilon_high: float | None,
-    dual_clip: float | None,
-    awr_beta: float,
-    importance_cap: float,
-) -> None:
-    if loss_type not in get_args(PolicyLoss):
-        raise ValueError(f"loss_type must be one of {', '.join(get_args(PolicyLoss))}; got {loss_type!r}")
-    if kl not in get_args(KLEstimator):
-        raise ValueError(f"kl must be one of {', '.join(get_args(KLEstimator))}; got {kl!r}")
-    if not 0 <= epsilon < 1:
-        raise ValueError(f"epsilon must be in [0, 1), got {epsilon}")
-    if epsilon_high is not None and epsilon_high < 0:
-        raise ValueError(f"epsilon_high must not be negative, got {epsilon_high}")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip must be greater than 1 or None, got {dual_clip}")
-    if not awr_beta > 0:
-        raise ValueError(f"awr_beta must be positive, got {awr_beta}")
-    if not importance_cap > 0:
-        raise ValueError(f"importance_cap must be positive, got {importance_cap}")

@@ -16,8 +16,10 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from gpo_fast.losses.head import IGNORED
+from gpo_fast.losses.linear_logprob import HeadInputs
 from gpo_fast.losses.sequences import LossOutput, Sequences, count_or, sequences_of
 from gpo_fast.losses.shared_rows import SharedRows, token_logprobs
 
@@ -47,13 +49,15 @@ def linear_preference_loss(
     softcap: float | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
     shared: SharedRows | None = None,
+    tp_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> LossOutput:
     """A preference loss straight from hidden states; the formulas are at the head of this module.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, lora: as in `linear_logprob`; (T, H) and (T,) with
-            `sequence_ids` (T,) ascending from 0, or (B, T, H) and (B, T) with a sequence in each row. The targets
-            of the context are -100.
+        hidden, weight, targets, bias, temperature, softcap, lora, tp_group, vocab_start: as in `linear_logprob`;
+            (T, H) and (T,) with `sequence_ids` (T,) ascending from 0, or (B, T, H) and (B, T) with a sequence in each
+            row. The targets of the context are -100.
         loss_type: of "dpo", "simpo" and "orpo", the first half of the sequences are the chosen ones and the second
             half, in the same order, the rejected ones. "kto" takes single sequences.
         ref_logprobs: for "dpo" and "kto": per token, of the shape of `targets`, or their sums per sequence, (S,).
@@ -82,13 +86,9 @@ def linear_preference_loss(
         raise ValueError(f"{loss_type} needs pairs: the number of sequences must be even, got {sequences.count}")
     logprobs, entropy = token_logprobs(
         hidden,
-        weight,
         targets,
+        HeadInputs(weight, bias, temperature, softcap, lora, tp_group, vocab_start),
         shared,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        lora=lora,
         want_entropy=return_entropy,
         entropy_needs_grad=False,
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpo_fast.losses.head import IGNORED
-from gpo_fast.losses.linear_logprob import logprobs_and_entropy
+from gpo_fast.losses.linear_logprob import HeadInputs, logprobs_and_entropy
 
 
 class SharedRows(NamedTuple):
@@ -23,26 +23,41 @@ class SharedRows(NamedTuple):
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, shared: SharedRows | None, **options: Any
+    hidden: Tensor,
+    targets: Tensor,
+    head: HeadInputs,
+    shared: SharedRows | None,
+    *,
+    want_entropy: bool,
+    entropy_needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of the shape of `targets`; each pair is computed once.
 
     Args:
         hidden: (R, H) with `shared`, where `targets` is (T,); otherwise as `linear_logprob` takes it.
         targets: -100 where ignored.
-        options: of `logprobs_and_entropy`.
+        want_entropy, entropy_needs_grad: of `logprobs_and_entropy`.
 
     Raises:
         ValueError: `shared` does not fit `targets`.
     """
     if shared is None:
-        return logprobs_and_entropy(hidden, weight, targets, row_offsets=None, **options)
+        return logprobs_and_entropy(
+            hidden, targets, head, want_entropy=want_entropy, entropy_needs_grad=entropy_needs_grad
+        )
     if shared.pair_of_token.shape != targets.shape:
         raise ValueError(
             f"shared.pair_of_token must have the shape {tuple(targets.shape)} of targets, got "
             f"{tuple(shared.pair_of_token.shape)}"
         )
-    pairs, entropies = logprobs_and_entropy(hidden, weight, shared.targets, row_offsets=shared.row_offsets, **options)
+    pairs, entropies = logprobs_and_entropy(
+        hidden,
+        shared.targets,
+        head,
+        row_offsets=shared.row_offsets,
+        want_entropy=want_entropy,
+        entropy_needs_grad=entropy_needs_grad,
+    )
     row_of_pair = torch.repeat_interleave(
         torch.arange(hidden.shape[0], device=hidden.device),
         shared.row_offsets.diff(),

@@ -1,0 +1,280 @@
+"""Time and extra peak memory of the fused losses and their peers, forward and backward.
+
+    python benchmarks/loss.py                          both shapes on a CPU, frozen and trainable head
+    python benchmarks/loss.py --quick                  a small shape, to see that it runs
+    python benchmarks/loss.py --device cuda            the GPU shapes, with the fraction of the measured matmul ceiling
+
+Every measurement runs in a process of its own, peers in turn, `--rounds` times. Time: the fastest of two calls after a
+warm-up on a small input. Extra memory: the process's high-water mark during the call, less what it held before.
+The loss is GRPO (DPO in the rows named so); `F.linear_cross_entropy` has no policy loss and does its own, simpler one.
+A peer that does not finish within `--timeout` is reported as slower than that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+SEQUENCES = 8
+SHAPES = {
+    "cpu": [(2048, 151936, 1536), (2048, 49152, 576)],
+    "cuda": [(8192, 151936, 1536), (8192, 151936, 3584)],
+    "quick": [(256, 4096, 128)],
+}
+TASKS = {
+    "GRPO": ["gpo-fast", "plain torch", "plain torch, float32", "F.linear_cross_entropy", "Liger GRPO", "TRL chunked"],
+    "DPO": ["gpo-fast", "plain torch", "Liger DPO"],
+}
+
+
+class Inputs:
+    """Random rows and head in bfloat16, made without a float32 copy of the head."""
+
+    def __init__(self, rows: int, vocab: int, width: int, device: str, trainable: bool) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        new = {"dtype": torch.bfloat16, "device": device, "generator": generator}
+        self.hidden = torch.randn(rows, width, **new).requires_grad_()
+        self.weight = torch.randn(vocab, width, **new).mul_(width**-0.5).requires_grad_(trainable)
+        self.targets = torch.randint(0, vocab, (rows,), device=device, generator=generator)
+        self.advantages = torch.randn(SEQUENCES, device=device)
+        self.old = torch.full((rows,), -12.0, device=device)
+
+    def batched(self, values: Tensor) -> Tensor:
+        return values.reshape(SEQUENCES, -1, *values.shape[1:])
+
+
+def grpo(inputs: Inputs, logprobs: Tensor) -> Tensor:
+    """The loss that all peers are given: sequences of one length, so its mean is that over tokens."""
+    ratio = torch.exp(logprobs - inputs.old)
+    advantage = inputs.advantages.repeat_interleave(logprobs.shape[0] // SEQUENCES)
+    return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
+
+
+def dpo(inputs: Inputs, logprobs: Tensor) -> Tensor:
+    chosen, rejected = inputs.batched(logprobs).sum(1).chunk(2)
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+def plain_logprobs(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    logits = inputs.hidden.to(dtype) @ inputs.weight.to(dtype).t()
+    return torch.log_softmax(logits.float(), dim=-1).gather(-1, inputs.targets.unsqueeze(-1)).squeeze(-1)
+
+
+def losses(task: str) -> dict[str, Callable[[Inputs], Tensor]]:
+    from gpo_fast.losses import linear_policy_loss, linear_preference_loss
+
+    def fast(x: Inputs) -> Tensor:
+        hidden, targets = x.batched(x.hidden), x.batched(x.targets)
+        if task == "DPO":
+            reference = torch.zeros(SEQUENCES, device=x.hidden.device)
+            return linear_preference_loss(
+                hidden, x.weight, targets, loss_type="dpo", ref_logprobs=reference, return_entropy=False
+            ).loss
+        return linear_policy_loss(
+            hidden, x.weight, targets, loss_type="grpo", advantages=x.advantages,
+            old_logprobs=x.batched(x.old), return_entropy=False,
+        ).loss  # fmt: skip
+
+    def liger_grpo(x: Inputs) -> Tensor:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        function = LigerFusedLinearGRPOLoss(beta=0.0, compiled=x.hidden.is_cuda, use_ref_model=False, loss_type="grpo")
+        mask = torch.ones_like(x.batched(x.old))
+        return function(
+            x.batched(x.hidden),
+            x.weight,
+            x.batched(x.targets),
+            mask,
+            x.advantages,
+            old_per_token_logps=x.batched(x.old),
+        )[0]
+
+    def liger_dpo(x: Inputs) -> Tensor:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+        function = LigerFusedLinearDPOLoss(beta=0.1, compiled=x.hidden.is_cuda, use_ref_model=False)
+        return function(x.weight, x.batched(x.hidden), x.batched(x.targets))[0]
+
+    def trl(x: Inputs) -> Tensor:
+        from trl.kernels import ChunkedLogProbFunction
+
+        logprobs = ChunkedLogProbFunction.apply(x.hidden, x.weight, None, x.targets, 1.0, 8192, None, 1.0, ())[0]
+        return grpo(x, logprobs)
+
+    loss = dpo if task == "DPO" else grpo
+    return {
+        "gpo-fast": fast,
+        "plain torch": lambda x: loss(x, plain_logprobs(x, torch.bfloat16)),
+        "plain torch, float32": lambda x: loss(x, plain_logprobs(x, torch.float32)),
+        "F.linear_cross_entropy": lambda x: F.linear_cross_entropy(
+            x.hidden, x.weight, x.targets, options=torch.nn.LinearCrossEntropyOptions()
+        ),
+        "Liger GRPO": liger_grpo,
+        "Liger DPO": liger_dpo,
+        "TRL chunked": trl,
+    }
+
+
+def resident(field: str) -> int:
+    """Bytes that /proc/self/status gives for VmRSS or VmHWM."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def measure(task: str, peer: str, shape: tuple[int, int, int], device: str, trainable: bool) -> dict[str, float]:
+    """Seconds and extra bytes of one forward and backward pass, in this process."""
+    call = losses(task)[peer]
+    call(Inputs(64, 512, 64, device, trainable)).backward()
+    inputs = Inputs(*shape, device, trainable)
+    seconds, extra = [], []
+    while len(seconds) < 2 and sum(seconds) < 60:
+        inputs.hidden.grad = inputs.weight.grad = None
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            before = resident("VmRSS")
+        start = time.perf_counter()
+        call(inputs).backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        extra.append((torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")) - before)
+    return {"seconds": min(seconds), "extra_bytes": extra[0]}
+
+
+def matmul_ceiling(shape: tuple[int, int, int], device: str) -> float:
+    """FLOP per second of a plain bfloat16 product of a size that is not latency-bound."""
+    rows, vocab, width = shape
+    inputs = Inputs(rows, min(vocab, 16384), width, device, False)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        inputs.hidden.detach() @ inputs.weight.t()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * inputs.hidden.numel() * inputs.weight.shape[0] / best
+
+
+def in_subprocess(arguments: list[str], timeout: float) -> dict[str, float] | str:
+    command = [sys.executable, __file__, "--measure", *arguments]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return f"not done in {timeout:.0f} s"
+    if run.returncode:
+        return (run.stderr.strip().splitlines() or ["failed"])[-1]
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def machine(device: str) -> dict[str, str | int]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
+    facts: dict[str, str | int] = {"cpu": cpu, "threads": torch.get_num_threads(), "platform": platform.platform()}
+    facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    facts["git"] = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    facts.update({package: installed(package) for package in ("torch", "triton", "trl", "liger-kernel")})
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def medians(runs: list) -> tuple[float, float] | None:
+    """Median seconds and extra bytes of the runs that finished."""
+    good = [run for run in runs if isinstance(run, dict)]
+    if not good:
+        return None
+    return statistics.median(run["seconds"] for run in good), statistics.median(run["extra_bytes"] for run in good)
+
+
+def report(name: str, results: dict[str, list], trainable: bool, shape: tuple[int, int, int], ceiling: float) -> Table:
+    """One table: medians with their spread, ratios to plain torch, and the share of the FLOP floor."""
+    columns = ["peer", "seconds", "spread", "time / plain", "extra MiB", "memory / plain", "of ceiling"]
+    table = Table(title=name)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    rows, vocab, width = shape
+    floor = (6 if trainable else 4) * rows * vocab * width / ceiling
+    plain = medians(results.get("plain torch", []))
+    for peer, runs in results.items():
+        middle = medians(runs)
+        if middle is None:
+            table.add_row(peer, str(runs[0]) if runs else "-")
+            continue
+        times = [run["seconds"] for run in runs if isinstance(run, dict)]
+        ratios = (f"{middle[0] / plain[0]:.2f}", f"{middle[1] / plain[1]:.3f}") if plain else ("-", "-")
+        table.add_row(
+            peer, f"{middle[0]:.3f}", f"{min(times):.3f} to {max(times):.3f}", ratios[0],
+            f"{middle[1] / 2**20:.0f}", ratios[1], f"{floor / middle[0]:.0%}",
+        )  # fmt: skip
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small shape, one round")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rows", type=int, help="replace T of every shape (a multiple of 8)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one measurement")
+    parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
+    parser.add_argument("--json", type=Path, help="write every measurement here")
+    parser.add_argument(
+        "--measure", nargs=5, metavar=("TASK", "PEER", "SHAPE", "DEVICE", "HEAD"), help=argparse.SUPPRESS
+    )
+    options = parser.parse_args()
+    if options.measure:
+        task, peer, shape, device, head = options.measure
+        rows, vocab, width = map(int, shape.split(","))
+        print(json.dumps(measure(task, peer, (rows, vocab, width), device, head == "trainable")))
+        return
+
+    console, rounds = Console(width=120), 1 if options.quick else options.rounds
+    record: dict = {"machine": machine(options.device), "runs": []}
+    for rows, vocab, width in SHAPES["quick" if options.quick else options.device]:
+        shape = (options.rows or rows, vocab, width)
+        ceiling = matmul_ceiling(shape, options.device)
+        for task in TASKS if options.task == "all" else [options.task]:
+            for head in ("frozen", "trainable"):
+                results: dict[str, list] = {peer: [] for peer in TASKS[task]}
+                for _ in range(rounds):
+                    for peer, runs in results.items():
+                        if runs and isinstance(runs[-1], str):
+                            continue  # it failed or took too long: once is enough
+                        arguments = [task, peer, ",".join(map(str, shape)), options.device, head]
+                        runs.append(in_subprocess(arguments, options.timeout))
+                name = f"{task}, {head} head, T={shape[0]} V={vocab} H={width}, bfloat16, {options.device}"
+                console.print(report(name, results, head == "trainable", shape, ceiling))
+                record["runs"].append(
+                    {"task": task, "head": head, "shape": shape, "ceiling": ceiling, "results": results}
+                )
+                if options.json:
+                    options.json.write_text(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()

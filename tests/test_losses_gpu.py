@@ -1,0 +1,64 @@
+"""The fused losses on a GPU: the numbers of the CPU tests, the large shape, and the same bits every time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_losses_numerics import SHAPES, TOLERANCE, random_inputs, relative_error
+
+from gpo_fast.losses import linear_logprob, linear_policy_loss
+from gpo_fast.losses.reference import linear_logprob_reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES, (1937, 3584, 152064)])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_values_and_gradients(
+    shape: tuple[int, int, int], dtype: torch.dtype, softcap: float | None, trainable: bool
+) -> None:
+    inputs = [tensor.cuda() for tensor in random_inputs(*shape, dtype)]
+    targets = inputs.pop()
+    grad, entropy_grad = torch.randn(targets.shape, device="cuda"), torch.randn(targets.shape, device="cuda")
+    results = []
+    for call, wide in ((linear_logprob, dtype), (linear_logprob_reference, torch.float64)):
+        leaves = [
+            tensor.to(wide, copy=True).requires_grad_(index == 0 or trainable) for index, tensor in enumerate(inputs)
+        ]
+        extra = {"return_entropy": True} if call is linear_logprob else {}
+        logprobs, entropy = call(leaves[0], leaves[1], targets, bias=leaves[2], softcap=softcap, **extra)
+        ((logprobs * grad).sum() + (entropy * entropy_grad).sum()).backward()
+        results.append([logprobs.detach(), entropy.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad)])
+    for name, value, exact in zip(("logprobs", "entropy", "hidden", "weight", "bias"), *results):
+        error = relative_error(value, exact)
+        assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_results_are_the_same_bits_every_time(trainable: bool) -> None:
+    hidden, weight, _, targets = (tensor.cuda() for tensor in random_inputs(3000, 512, 20000, torch.bfloat16))
+    outcomes = []
+    for _ in range(3):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trainable)]
+        output = linear_policy_loss(
+            *leaves, targets, loss_type="gspo", advantages=torch.ones(1, device="cuda"), entropy_coef=0.1
+        )
+        output.loss.backward()
+        outcomes.append([output.loss.detach(), output.logprobs, *(leaf.grad for leaf in leaves if leaf.requires_grad)])
+    for other in outcomes[1:]:
+        assert all(torch.equal(first, second) for first, second in zip(outcomes[0], other))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_extra_memory_is_a_fraction_of_the_logits(trainable: bool) -> None:
+    hidden, weight, _, targets = (tensor.cuda() for tensor in random_inputs(8192, 1024, 151936, torch.bfloat16))
+    hidden.requires_grad_()
+    weight.requires_grad_(trainable)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_logprob(hidden, weight, targets).sum().backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    gradients = hidden.nbytes + (weight.nbytes if trainable else 0)
+    assert extra - gradients < 0.15 * 8192 * 151936 * 4

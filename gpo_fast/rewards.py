@@ -24,12 +24,18 @@ class RewardResult(NamedTuple):
 class RewardFunctions:
     """One or several reward functions, sync or async, and the weighted sum of what they give.
 
+    Args:
+        allow_silent: a row to which no function applies has the total 0 instead of being an error.
+
     Raises:
         ValueError: no function, or not one weight for each.
         TypeError: something that cannot be called.
     """
 
-    def __init__(self, functions: Any, weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, functions: Any, weights: Sequence[float] | np.ndarray | None = None, *, allow_silent: bool = False
+    ) -> None:
+        self.allow_silent = allow_silent
         chosen = list(functions) if isinstance(functions, list | tuple) else [functions]
         if not chosen:
             raise ValueError("at least one reward function is needed")
@@ -59,7 +65,7 @@ class RewardFunctions:
         ]
         scores = np.stack(columns_of_scores, axis=1) if prompts else np.zeros((0, len(self.functions)))
         silent = np.flatnonzero(np.isnan(scores).all(axis=1))
-        if len(silent):
+        if len(silent) and not self.allow_silent:
             raise ValueError(
                 f"no reward function applies to {len(silent)} of {len(prompts)} completions (all gave None), first to "
                 f"number {silent[0]}: every completion needs at least one reward"

@@ -105,6 +105,12 @@ class GPOTrainer(GRPOTrainer):
     """
 
     args: GPOConfig
+    model: Any
+    processing_class: Any
+    num_generations: Any
+    max_completion_length: Any
+    rollout_func: Any
+    _logs: Any
 
     def __init__(self, *arguments: Any, rollout_backend: RolloutBackend | None = None, **options: Any) -> None:
         own_rollouts = options.get("rollout_func") is not None

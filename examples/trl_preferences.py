@@ -10,8 +10,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from gpo_fast import build_preference_dataset
 
-name = sys.argv[1] if len(sys.argv) > 1 else "dpo"
-path = sys.argv[2] if len(sys.argv) > 2 else "HuggingFaceTB/SmolLM2-135M-Instruct"
+name, path, steps = [*sys.argv[1:], *["dpo", "HuggingFaceTB/SmolLM2-135M-Instruct", "100"][len(sys.argv) - 1 :]]
 model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 prompts = [f"{a}+{b}=" for a in range(4) for b in range(4)]
 
@@ -26,6 +25,6 @@ trainers |= {"simpo": (CPOTrainer, CPOConfig), "orpo": (ORPOTrainer, ORPOConfig)
 trainer_class, config = trainers[name]
 options = {"loss_type": "simpo", "cpo_alpha": 0.0} if name == "simpo" else {}
 options |= {"use_cpu": not torch.cuda.is_available(), "bf16": torch.cuda.is_available()}
-args = config(output_dir="out", max_steps=int(sys.argv[3]) if len(sys.argv) > 3 else 100, **options)
+args = config(output_dir="out", max_steps=int(steps), **options)
 trainer = trainer_class(model, args=args, train_dataset=dataset, processing_class=tokenizer)
 trainer.train()

@@ -126,11 +126,12 @@ def evaluate_model(
     rows, reward = rows[:num_problems], reward or own_reward
     model, tokenizer = load_model(model_name)
     engine, rewards = RolloutEngine(model, tokenizer), RewardFunctions(reward)
+    if as_chat and tokenizer.chat_template:
+        rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    room = engine.max_length - max_tokens
     requests = [
-        Request(
-            encode_prompt(row["prompt"], tokenizer, engine.max_length - max_tokens), num_samples, sampling, seed + i
-        )
+        Request(encode_prompt(row["prompt"], tokenizer, room), num_samples, sampling, seed + i)
         for i, row in enumerate(rows)
     ]
     drawn = engine.generate(requests)

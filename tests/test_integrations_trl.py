@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import runpy
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -263,3 +265,38 @@ def test_the_plain_script_becomes_ours_in_ten_lines(
         state = runpy.run_path(str(EXAMPLES / name), run_name="__main__")["trainer"].state
         assert state.global_step == 2
         json.dumps(state.log_history)
+
+
+TWO_PROCESSES = """
+import datasets, os, sys, torch
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import tiny
+from test_integrations_trl import GPOConfig, GPOTrainer, ROWS, digits, options, policy
+
+rank = int(os.environ["RANK"])
+reward = digits if rank == 0 else lambda completions, **_: [0.0] * len(completions)
+model = policy()
+start = torch.cat([p.detach().flatten() for p in model.parameters()])
+config = GPOConfig(**options(sys.argv[2], per_device_train_batch_size=4, max_steps=3, step_splitter="tokens"))
+run = GPOTrainer(model, reward, args=config, train_dataset=datasets.Dataset.from_list(ROWS),
+                 processing_class=tiny.tokenizer())
+run.train()
+end = torch.cat([p.detach().flatten() for p in model.parameters()])
+both = [torch.zeros_like(end) for _ in range(2)]
+dist.all_gather(both, end)
+assert torch.equal(*both), "the processes' weights differ"
+assert not torch.equal(start, end)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_has_nothing_to_search(tmp_path: Path) -> None:
+    """Neither waits for the other's search, and both end with the same weights."""
+    script = tmp_path / "run.py"
+    script.write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(script), str(Path(__file__).parent), str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

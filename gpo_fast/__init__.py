@@ -28,6 +28,7 @@ _HOME = {
     "linear_preference_loss": "gpo_fast.losses",
     "GPOConfig": "gpo_fast.config",
     "GPOTrainer": "gpo_fast.trainer",
+    "build_preference_dataset": "gpo_fast.integrations.preference",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604

@@ -144,21 +144,32 @@ def critical(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Option(help="Path or hub id of the model.")],
-    dataset: Annotated[str, typer.Option(help="JSON-lines file, `module:function` or hub id.")],
-    reward: Annotated[str, typer.Option(help="Reward function: a known name or `module:function`.")] = "exact_match",
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="bbh, math-500, gsm8k, mmlu, mmlu-pro, aime-24, aime-25, reasoning_gym:TASK, a JSON-lines file, "
+            "`module:function` or a hub id."
+        ),
+    ],
+    reward: Annotated[
+        str | None, typer.Option(help="A known reward or `module:function`; default: the benchmark's, or exact_match.")
+    ] = None,
     num_problems: Annotated[int, typer.Option(help="Problems to sample at most.")] = 256,
     max_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    num_samples: Annotated[int, typer.Option(help="Completions for each problem.")] = 1,
+    k: Annotated[int, typer.Option("--k", help="Report pass@k: the chance that one of k completions is right.")] = 1,
 ) -> None:
-    """Accuracy of a model on a data set, with a 95 % interval.
+    """Accuracy (pass@k) of a model on a benchmark or a data set, with a 95 % interval.
 
     Example: `gpo-fast eval --model gpo-demo/model --dataset problems.jsonl --reward reasoning_gym`
     """
     from gpo_fast.launch import evaluate_model
 
-    result = evaluate_model(model, dataset, reward, num_problems, max_tokens, temperature, seed)
-    print(f"accuracy {result.accuracy:.1%} (95 % interval {result.low:.1%} to {result.high:.1%}, n={result.n})")
+    result = evaluate_model(model, dataset, reward, num_problems, max_tokens, temperature, seed, num_samples, k)
+    name = "accuracy" if k == 1 else f"pass@{k}"
+    print(f"{name} {result.accuracy:.1%} (95 % interval {result.low:.1%} to {result.high:.1%}, n={result.n})")
 
 
 @app.command()

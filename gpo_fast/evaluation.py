@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Accuracy(NamedTuple):
     """A share of successes with its 95 % interval."""
@@ -33,3 +35,31 @@ def wilson_interval(successes: float, n: int, z: float = 1.959964) -> Accuracy:
 def accuracy_of(rewards: Sequence[float]) -> Accuracy:
     """Accuracy of outcome rewards: a reward of 1 is a success."""
     return wilson_interval(sum(r >= 1 for r in rewards), len(rewards))
+
+
+def pass_at_k(successes: int, n: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right, from `successes` of n (arXiv 2107.03374, eq. 1).
+
+    Raises:
+        ValueError: k is not within 1 and n, or successes not within 0 and n.
+    """
+    if not 1 <= k <= n or not 0 <= successes <= n:
+        raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= successes <= n, got k={k}, {successes} of {n}")
+    return 1.0 - math.comb(n - successes, k) / math.comb(n, k)
+
+
+def pass_at_k_of(rewards: Sequence[Sequence[float]], k: int, *, resamples: int = 2000, seed: int = 0) -> Accuracy:
+    """pass@k over problems, each with its samples' rewards, with a 95 % interval.
+
+    Samples of one problem depend on one another, so the interval is a bootstrap over problems; with one sample for
+    each problem it is Wilson's. If all problems agree (all right or all wrong), the bootstrap would have no width:
+    then it is Wilson's over problems as well.
+    """
+    if not rewards:
+        raise ValueError("pass@k needs at least one problem")
+    shares = np.array([pass_at_k(sum(r >= 1 for r in row), len(row), k) for row in rewards])
+    if all(len(row) == 1 for row in rewards) or shares.min() == shares.max():
+        return wilson_interval(float(shares.sum()), len(shares))
+    draws = np.random.default_rng(seed).integers(len(shares), size=(resamples, len(shares)))
+    low, high = np.quantile(shares[draws].mean(axis=1), [0.025, 0.975])
+    return Accuracy(float(shares.mean()), float(low), float(high), len(shares))

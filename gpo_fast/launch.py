@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from gpo_fast.benchmarks import BENCHMARKS, load_benchmark
 from gpo_fast.config import RunSpec, load_config
 from gpo_fast.critical import CriticalStepFinder
 from gpo_fast.data import check_dataset, columns_of, decode_completion, encode_prompt
-from gpo_fast.evaluation import Accuracy, accuracy_of
+from gpo_fast.evaluation import Accuracy, pass_at_k_of
 from gpo_fast.procedure import search_mixed
 from gpo_fast.report import write_report
 from gpo_fast.rewards import RewardFunctions
@@ -111,22 +112,47 @@ def _given(prompt: list[int], text: str, tokenizer: Any) -> Completion:
 
 
 def evaluate_model(
-    model_name: str, dataset: str, reward: str, num_problems: int, max_tokens: int, temperature: float, seed: int
+    model_name: str,
+    dataset: str,
+    reward: str | None,
+    num_problems: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    num_samples: int = 1,
+    k: int = 1,
 ) -> Accuracy:
-    """Accuracy of one completion for each problem."""
-    rows = load_rows(dataset, "test")[:num_problems]
+    """pass@k of `num_samples` completions for each problem of a data set, or of a benchmark by its name.
+
+    Raises:
+        ValueError: k is not within 1 and num_samples, or several samples are greedy.
+    """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass@k needs 1 <= k <= num_samples, got k={k} and num_samples={num_samples}")
+    if num_samples > 1 and temperature == 0:
+        raise ValueError("several samples at temperature 0 are all the same: set a temperature")
+    if dataset in BENCHMARKS or dataset.startswith("reasoning_gym:"):
+        rows, own_reward = load_benchmark(dataset)
+        as_chat = True
+    else:
+        rows, own_reward = load_rows(dataset, "test"), "exact_match"
+        as_chat = False  # the prompts of a data set of one's own are taken as they are
+    rows, reward = rows[:num_problems], reward or own_reward
     model, tokenizer = load_model(model_name)
     engine, rewards = RolloutEngine(model, tokenizer), RewardFunctions(reward)
+    if as_chat and tokenizer.chat_template:
+        rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+    room = engine.max_length - max_tokens
     requests = [
-        Request(encode_prompt(row["prompt"], tokenizer, engine.max_length - max_tokens), 1, sampling, seed + i)
+        Request(encode_prompt(row["prompt"], tokenizer, room), num_samples, sampling, seed + i)
         for i, row in enumerate(rows)
     ]
     drawn = engine.generate(requests)
     texts = [decode_completion(c.token_ids, tokenizer) for c in drawn]
-    columns = columns_of(rows)
-    scored = rewards([r["prompt"] for r in rows], texts, [c.token_ids for c in drawn], columns)
-    return accuracy_of(scored.total.tolist())
+    mine = [rows[c.request_index] for c in drawn]
+    scored = rewards([r["prompt"] for r in mine], texts, [c.token_ids for c in drawn], columns_of(mine))
+    return pass_at_k_of(scored.total.reshape(len(rows), num_samples).tolist(), k)
 
 
 def load_model(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import json
+import os
+import re
+import secrets
 from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Any, NamedTuple
@@ -24,12 +28,18 @@ class RewardResult(NamedTuple):
 class RewardFunctions:
     """One or several reward functions, sync or async, and the weighted sum of what they give.
 
+    Args:
+        allow_silent: a row to which no function applies has the total 0 instead of being an error.
+
     Raises:
         ValueError: no function, or not one weight for each.
         TypeError: something that cannot be called.
     """
 
-    def __init__(self, functions: Any, weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, functions: Any, weights: Sequence[float] | np.ndarray | None = None, *, allow_silent: bool = False
+    ) -> None:
+        self.allow_silent = allow_silent
         chosen = list(functions) if isinstance(functions, list | tuple) else [functions]
         if not chosen:
             raise ValueError("at least one reward function is needed")
@@ -59,7 +69,7 @@ class RewardFunctions:
         ]
         scores = np.stack(columns_of_scores, axis=1) if prompts else np.zeros((0, len(self.functions)))
         silent = np.flatnonzero(np.isnan(scores).all(axis=1))
-        if len(silent):
+        if len(silent) and not self.allow_silent:
             raise ValueError(
                 f"no reward function applies to {len(silent)} of {len(prompts)} completions (all gave None), first to "
                 f"number {silent[0]}: every completion needs at least one reward"
@@ -103,7 +113,7 @@ async def _finish(awaitable: Any) -> Any:
 
 
 def get_reward(name: str) -> RewardFunction:
-    """A reward function by name: `exact_match`, `reasoning_gym`, `math`, or `module:function`.
+    """A reward function by name: a known one (`exact_match`, `math`, `multiple_choice`, ...) or `module:function`.
 
     Raises:
         ValueError: no such name; ImportError: the module cannot be imported.
@@ -140,8 +150,6 @@ def reasoning_gym(completions: list[Any], answer: list[Any], metadata: list[Any]
 
     Columns: `answer` and `metadata` (a JSON object with `source_dataset`) of a reasoning_gym item.
     """
-    import json
-
     from reasoning_gym import get_score_answer_fn
 
     scores = []
@@ -162,4 +170,134 @@ def math(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
     return [float(verify(parse(str(a)), parse(text_of(c)))) for c, a in zip(completions, answer)]
 
 
-_KNOWN: dict[str, RewardFunction] = {"exact_match": exact_match, "reasoning_gym": reasoning_gym, "math": math}
+def multiple_choice(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
+    """1 where the letter that a completion chooses is the column `answer` (a letter, or an index from 0)."""
+    letters = [chr(ord("A") + a) if isinstance(a, int) else str(a).strip().strip("()").upper() for a in answer]
+    return [float(chosen_letter(text_of(c)) == letter) for c, letter in zip(completions, letters)]
+
+
+def chosen_letter(text: str) -> str | None:
+    """The option that a text chooses: the last "answer is X" or boxed letter, else a last line that is one letter."""
+    said = re.findall(
+        r"(?:answer\s*(?:is|:)\s*|\\boxed\{\s*(?:\\text\{)?\s*)\(?\*{0,2}([A-Za-z])\b", text, re.IGNORECASE
+    )
+    if said:
+        return said[-1].upper()
+    alone = re.fullmatch(r"\W*([A-Za-z])(?:[).:]\s.*|\W*)", last_line(text))
+    return alone.group(1).upper() if alone else None
+
+
+class RegexFormat:
+    """1 where the whole completion matches a pattern, for example `<think>.*</think>\\s*<answer>.*</answer>`."""
+
+    __name__ = "regex_format"
+
+    def __init__(self, pattern: str) -> None:
+        try:
+            self._pattern = re.compile(pattern, re.DOTALL)
+        except re.error as error:
+            raise ValueError(f"the format {pattern!r} is not a regular expression: {error}") from error
+
+    def __call__(self, completions: list[Any], **_: Any) -> list[float]:
+        return [float(self._pattern.fullmatch(text_of(c).strip()) is not None) for c in completions]
+
+
+class JSONFormat:
+    """1 where a completion is JSON (alone, or in a ```json block) that a JSON schema accepts.
+
+    Without a schema any JSON is right. Needs the package `jsonschema` if there is one.
+    """
+
+    __name__ = "json_format"
+
+    def __init__(self, schema: dict[str, Any] | None = None) -> None:
+        self._validator: Any = None
+        if schema is None:
+            return
+        try:
+            import jsonschema
+        except ImportError as error:
+            raise ImportError("a JSON schema needs the package jsonschema: pip install jsonschema") from error
+        kind = jsonschema.validators.validator_for(schema)
+        try:
+            kind.check_schema(schema)
+        except jsonschema.SchemaError as error:
+            raise ValueError(f"not a JSON schema: {error.message}") from error
+        self._validator = kind(schema)
+
+    def __call__(self, completions: list[Any], **_: Any) -> list[float]:
+        return [float(self._accepts(text_of(c))) for c in completions]
+
+    def _accepts(self, text: str) -> bool:
+        try:
+            value = json.loads(code_block(text, "json"))
+        except (ValueError, RecursionError):
+            return False
+        return self._validator is None or self._validator.is_valid(value)
+
+
+class CodeReward:
+    """Share of tests that a completion's Python program passes; runs programs that a model wrote, so off by default.
+
+    Column `tests`: for each row a list of strings (code that is appended and must not raise) or of
+    `{"input": ..., "output": ...}` (standard input, and the standard output that is right). Programs run confined,
+    see `gpo_fast.code_runner`.
+
+    Args:
+        enable: True, or the environment variable GPO_FAST_RUN_CODE=1, allows programs to run.
+        limits: keyword arguments of `run_program`.
+
+    Raises:
+        ValueError: not enabled.
+    """
+
+    __name__ = "code"
+
+    def __init__(self, enable: bool = False, **limits: Any) -> None:
+        if not enable and os.environ.get("GPO_FAST_RUN_CODE") != "1":
+            raise ValueError(
+                "the reward 'code' runs programs that the model wrote, and is off: read gpo_fast.code_runner, then "
+                "use CodeReward(enable=True) or set GPO_FAST_RUN_CODE=1"
+            )
+        self.limits = limits
+
+    def __call__(self, completions: list[Any], tests: list[Any], **_: Any) -> list[float]:
+        return [self._share(code_block(text_of(c), "python"), t) for c, t in zip(completions, tests)]
+
+    def _share(self, source: str, tests: Sequence[Any]) -> float:
+        if not tests:
+            raise ValueError("the reward 'code' needs at least one test in each row's column 'tests'")
+        return sum(self._passes(source, test) for test in tests) / len(tests)
+
+    def _passes(self, source: str, test: Any) -> bool:
+        from gpo_fast.code_runner import run_program
+
+        if not isinstance(test, str):
+            result = run_program(source, standard_input=test["input"], **self.limits)
+            return result.ok and result.output.split() == str(test["output"]).split()
+        # The mark comes after the test: a program that ends early with status 0 has not passed it.
+        mark = secrets.token_hex(16)
+        result = run_program(f"{source}\n{test}\nprint('\\n{mark}')\n", **self.limits)
+        return result.ok and last_line(result.output) == mark
+
+
+def code_block(text: str, language: str) -> str:
+    """The last fenced block of the language (or of none), or the whole text."""
+    blocks = re.findall(rf"```(?:{language})?[ \t]*\n(.*?)```", text, re.DOTALL | re.IGNORECASE)
+    return blocks[-1] if blocks else text
+
+
+def _code(**arguments: Any) -> list[float]:
+    return CodeReward()(**arguments)
+
+
+_code.__name__ = "code"
+
+_KNOWN: dict[str, RewardFunction] = {
+    "exact_match": exact_match,
+    "reasoning_gym": reasoning_gym,
+    "math": math,
+    "multiple_choice": multiple_choice,
+    "json": JSONFormat(),
+    "code": _code,
+}

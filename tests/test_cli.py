@@ -69,6 +69,10 @@ def test_critical_eval_and_report(saved_model: Path, tmp_path: Path) -> None:
     options = ["eval", "--model", str(saved_model), "--dataset", str(data), "--max-tokens", "8"]
     scored = RUNNER.invoke(cli.app, options, catch_exceptions=False)
     assert "95 % interval" in scored.output
+    several = [*options, "--temperature", "1", "--num-samples", "3", "--k", "2"]
+    assert "pass@2" in RUNNER.invoke(cli.app, several, catch_exceptions=False).output
+    with pytest.raises(ValueError, match="temperature 0"):
+        RUNNER.invoke(cli.app, [*options, "--num-samples", "3"], catch_exceptions=False)
 
 
 def ends_even(completions, **_):

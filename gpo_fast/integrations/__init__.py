@@ -1,0 +1,1 @@
+"""Ways into gpo-fast from other people's trainers."""

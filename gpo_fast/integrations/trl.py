@@ -1,0 +1,317 @@
+"""GPO inside TRL: `GPOTrainer` and `GPOConfig` in place of `GRPOTrainer` and `GRPOConfig` (TRL 1.16).
+
+What changes underneath: completions are sampled by `RolloutEngine`; in each group with mixed outcomes, some rows are
+rollouts from the critical step of the group's worst trajectory; log-probabilities come from our fused head. What does
+not: the loss, rewards, data, callbacks, adapters, logging, and the number of rows.
+
+A row from a critical step is the whole completion, so rewards see all of it; the prefix that was kept is masked out
+of the loss, because only the tokens after it were sampled from the policy as an action.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from trl import GRPOConfig, GRPOTrainer
+
+from gpo_fast.critical import CriticalStepFinder
+from gpo_fast.data import is_conversation
+from gpo_fast.integrations.trl_head import install_fused_head
+from gpo_fast.integrations.trl_rewards import LocalRewards
+from gpo_fast.rollout import RolloutEngine
+from gpo_fast.rollout.types import Completion, Request, RolloutBackend, SamplingParams
+from gpo_fast.steps import StepSplitter
+
+logger = logging.getLogger(__name__)
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class GPOConfig(GRPOConfig):
+    """TRL's GRPOConfig and what GPO needs. Every field of GRPOConfig keeps its meaning and default."""
+
+    use_gpo: bool = _option(True, "Search critical steps and learn from resets; False trains plain GRPO.")
+    reset_share: float = _option(0.5, "Share of a searched group's rows that are rollouts from the critical step.")
+    num_samples: int = _option(4, "Monte Carlo continuations per step in the search for the critical step.")
+    criterion: str = _option("max", "Critical step: largest gain (max), fall (min) or change (abs).")
+    reset: str = _option("before", "Reset to the state before or after the critical step.")
+    max_searches: int | None = _option(None, "At most so many trajectories are searched per batch and process.")
+    step_splitter: str = _option("newline", "What a step is: newline, paragraph, sentence or tokens.")
+    min_step_tokens: int = _option(4, "A shorter step is merged with its neighbour.")
+    max_steps_per_trajectory: int = _option(64, "A trajectory with more steps is thinned evenly.")
+    use_rollout_engine: bool = _option(True, "Sample with gpo-fast's engine; must stay True with use_gpo.")
+    use_fused_head: bool = _option(True, "Compute log-probabilities with gpo-fast's kernels.")
+    max_batch_size: int = _option(64, "Sequences that the rollout engine decodes together.")
+    kv_cache_memory: int | None = _option(None, "Bytes for the rollout engine's KV cache; chosen if not set.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.use_gpo:
+            return
+        if self.num_resets < 2:
+            raise ValueError(
+                f"reset_share={self.reset_share} of num_generations={self.num_generations} rows is {self.num_resets}, "
+                "but rollouts from a critical step are compared with one another: at least 2 are needed"
+            )
+        if not 0 < self.reset_share <= 1:
+            raise ValueError(f"reset_share must be above 0 and at most 1, got {self.reset_share}")
+        if not self.use_rollout_engine:
+            raise ValueError("use_gpo needs the rollout engine: set use_rollout_engine=True, or use_gpo=False")
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"use_gpo needs multi_objective_aggregation='sum_then_normalize', got "
+                f"{self.multi_objective_aggregation!r}"
+            )
+        rows = self.per_device_train_batch_size * (self.steps_per_generation or 1)
+        if rows % (self.num_generations or 1):
+            raise ValueError(
+                f"a process samples per_device_train_batch_size * steps_per_generation = {rows} completions at once, "
+                f"which is not a multiple of num_generations={self.num_generations}: a group would lie on two "
+                "processes, and its critical step could not be searched"
+            )
+
+    @property
+    def num_resets(self) -> int:
+        """Rows of a searched group that are rollouts from its critical step."""
+        return round(self.reset_share * (self.num_generations or 0))
+
+
+class _Group(NamedTuple):
+    """A searched group: which of the batch's rows it holds, and what its advantages are compared with."""
+
+    first: int  # index of its first row
+    resets: int  # its last rows are rollouts from the critical step
+    base_rewards: list[float]  # of all completions of the prompt, also of those whose rows were given away
+
+
+class GPOTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer with GPO (arXiv 2509.16456, procedure I). Takes the same arguments.
+
+    Args:
+        rollout_backend: samples in place of a `RolloutEngine` on the trained model; its `update_weights` is called
+            whenever the weights have changed.
+
+    Raises:
+        ValueError: options of TRL with which critical steps cannot be searched (tools, images, vLLM, a rollout
+            function of your own, sharded weights), with what to set instead.
+    """
+
+    args: GPOConfig
+    model: Any
+    processing_class: Any
+    num_generations: Any
+    max_completion_length: Any
+    rollout_func: Any
+    _logs: Any
+
+    def __init__(self, *arguments: Any, rollout_backend: RolloutBackend | None = None, **options: Any) -> None:
+        own_rollouts = options.get("rollout_func") is not None
+        super().__init__(*arguments, **options)
+        args = self.args
+        if not isinstance(args, GPOConfig):
+            raise TypeError(f"gpo-fast's GPOTrainer needs gpo-fast's GPOConfig, got {type(args).__name__}")
+        if args.use_fused_head:
+            self._install_head()
+        reason = _why_no_engine(self, own_rollouts)
+        if args.use_gpo and reason is not None:
+            raise ValueError(f"critical steps cannot be searched {reason}: change that, or set use_gpo=False")
+        self._engine: Any = None
+        self._groups: list[_Group] = []
+        self._inputs: list[dict[str, Any]] = []
+        self._rewards_per_function = torch.zeros(0)
+        self._sampled_at = -1
+        self._draws = 0
+        if reason is not None:
+            if args.use_rollout_engine:
+                logger.warning("TRL samples the completions itself %s", reason)
+        elif args.use_rollout_engine:
+            self._engine = rollout_backend or RolloutEngine(
+                self.accelerator.unwrap_model(self.model),
+                self.processing_class,
+                kv_cache_memory=args.kv_cache_memory,
+                max_batch_size=args.max_batch_size,
+            )
+            self.rollout_func = _sample_rows
+        self._splitter = StepSplitter(
+            args.step_splitter, min_tokens=args.min_step_tokens, max_steps=args.max_steps_per_trajectory
+        )
+
+    # -- what TRL calls -------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's, then the advantages of searched groups: a row is compared with rows of its own state."""
+        self._inputs, self._groups = inputs, []
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training and self.args.use_gpo:
+            self._set_advantages(output)
+        return output
+
+    def _calculate_rewards(self, *arguments: Any) -> torch.Tensor:
+        self._rewards_per_function = super()._calculate_rewards(*arguments)
+        return self._rewards_per_function
+
+    def sample_rows(self, prompts: list[Any]) -> dict[str, Any]:
+        """A batch's completions for TRL: one for each of `prompts`, which come repeated within their groups."""
+        if self._sampled_at != self.state.global_step:
+            self._engine.update_weights()
+            self._sampled_at = self.state.global_step
+        prompt_ids = [list(ids) for ids in self._tokenize_prompts(prompts)[0]]
+        self._draws += 1
+        seeds = np.random.SeedSequence(
+            [self.args.seed, self.accelerator.process_index, self.state.global_step, self._draws]
+        ).generate_state(3)
+        rows = self._engine.generate(
+            [Request(ids, 1, self._sampling(ids), seed=int(seeds[0]) + i) for i, ids in enumerate(prompt_ids)]
+        )
+        kept = [0] * len(rows)  # tokens of a row that are the kept prefix, not sampled for it
+        if self.model.training and self.args.use_gpo:
+            self._add_resets(rows, kept, seeds)
+        output: dict[str, Any] = {
+            "prompt_ids": [r.prompt_token_ids for r in rows],
+            "completion_ids": [r.token_ids for r in rows],
+            "logprobs": [r.sampling_logprobs for r in rows],
+        }
+        if self.model.training and self.args.use_gpo:
+            output["env_mask"] = [[0] * k + [1] * (len(r.token_ids) - k) for r, k in zip(rows, kept)]
+        return output
+
+    # -- GPO ------------------------------------------------------------------------------------------------
+
+    def _add_resets(self, rows: list[Completion], kept: list[int], seeds: np.ndarray) -> None:
+        """Replaces the last rows of each searched group by rollouts from its critical step.
+
+        Which rows go is fixed by their place, not by their reward, so the rows that stay are a fair sample.
+        """
+        width, resets = self.num_generations, self.args.num_resets
+        scores = self._score(rows, range(len(rows))).reshape(-1, width)
+        mixed = np.flatnonzero(scores.max(axis=1) > scores.min(axis=1))[: self.args.max_searches]
+        chosen = [int(g) * width + int(scores[g].argmin()) for g in mixed]
+        drawn = self._from_critical_steps([rows[i] for i in chosen], chosen, scores, seeds) if chosen else []
+        for n, group in enumerate(mixed.tolist()):
+            end = (group + 1) * width
+            for row, completion in zip(range(end - resets, end), drawn[n * resets : (n + 1) * resets]):
+                rows[row], kept[row] = completion
+            self._groups.append(_Group(group * width, resets, scores[group].tolist()))
+        metrics = self._metrics["train"]
+        metrics["gpo/searched_groups"].append(len(mixed) / max(1, len(scores)))
+
+    def _from_critical_steps(
+        self, trajectories: list[Completion], chosen: list[int], scores: np.ndarray, seeds: np.ndarray
+    ) -> list[tuple[Completion, int]]:
+        """Whole completions from each trajectory's critical step, with the number of tokens that were kept."""
+        finder = CriticalStepFinder(
+            self._engine,
+            lambda found: self._score(found, [chosen[c.request_index] for c in found]).tolist(),
+            self._splitter,
+            n_samples=self.args.num_samples,
+            criterion=self.args.criterion,  # type: ignore[arg-type]
+            reset=self.args.reset,  # type: ignore[arg-type]
+            sampling=self._sampling(max((t.prompt_token_ids for t in trajectories), key=len)),
+            seed=int(seeds[1]),
+        )
+        groups = [scores[i // self.num_generations].tolist() for i in chosen]
+        found = finder.find(trajectories, rewards=[float(scores.flat[i]) for i in chosen], root_values=groups)
+        cuts = [f.token_position for f in found]
+        requests = []
+        for n, (trajectory, cut) in enumerate(zip(trajectories, cuts)):
+            room = max(1, self._sampling(trajectory.prompt_token_ids).max_tokens - cut)
+            context = [*trajectory.prompt_token_ids, *trajectory.token_ids[:cut]]
+            requests.append(Request(context, self.args.num_resets, self._sampling(None, room), int(seeds[2]) + n))
+        metrics = self._metrics["train"]
+        metrics["gpo/critical_advantage"].append(float(np.mean([f.advantages[f.index] for f in found])))
+        metrics["gpo/critical_position"].append(float(np.mean([f.index / len(f.steps) for f in found])))
+        metrics["gpo/search_tokens"].append(float(sum(f.num_tokens for f in found)))
+        return [
+            (CriticalStepFinder.whole(trajectories[c.request_index], c), cuts[c.request_index])
+            for c in self._engine.generate(requests)
+        ]
+
+    def _set_advantages(self, output: dict[str, Any]) -> None:
+        """Advantages of searched groups: base rows against all completions of the prompt, resets among themselves."""
+        scores = self._rewards_per_function
+        everyone = (scores * self.reward_weights.to(scores.device)).nansum(dim=1)
+        everyone[scores.isnan().all(dim=1)] = torch.nan  # no function applies: no advantage, as in TRL
+        advantages = output["advantages"]
+        local = everyone[self.accelerator.process_index * len(advantages) :][: len(advantages)]
+        for group in self._groups:
+            cut = group.first + self.num_generations - group.resets
+            base = torch.tensor(group.base_rewards, dtype=local.dtype, device=local.device)
+            for rows, reference in ((slice(group.first, cut), base), (slice(cut, cut + group.resets), None)):
+                compared = local[rows] if reference is None else reference
+                centred = local[rows] - compared.nanmean()
+                if self.scale_rewards != "none":
+                    spread = everyone if self.scale_rewards == "batch" else compared
+                    centred = centred / (spread[~spread.isnan()].std() + 1e-4)
+                advantages[rows] = centred.nan_to_num()
+        logged = self.accelerator.gather(advantages).tolist()
+        for _ in logged:
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(logged)
+
+    def _score(self, completions: Sequence[Completion], rows: Sequence[int]) -> np.ndarray:
+        """Rewards of whole completions, float64 (n,); `rows[i]` is the batch row whose columns belong to i.
+
+        On this process alone: the number of completions in a search differs between processes.
+        """
+        inputs = [self._inputs[i] for i in rows]
+        texts = self.processing_class.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+        shown = [
+            [{"role": "assistant", "content": text}] if is_conversation(row["prompt"]) else text
+            for text, row in zip(texts, inputs)
+        ]
+        return LocalRewards(self).score(inputs, shown, [c.token_ids for c in completions])
+
+    # -- parts ----------------------------------------------------------------------------------------------
+
+    def _sampling(self, prompt_ids: Sequence[int] | None, max_tokens: int | None = None) -> SamplingParams:
+        room = getattr(self._engine, "max_length", 1 << 30) - len(prompt_ids or ())
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=max(0, self.top_k or 0),
+            top_p=self.top_p,
+            min_p=self.min_p or 0.0,
+            max_tokens=max(1, min(self.max_completion_length, room)) if max_tokens is None else max_tokens,
+            stop_token_ids=tuple(self.eos_token_ids),
+        )
+
+    def _install_head(self) -> None:
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            logger.warning("TRL's own log-probabilities are used, because the weights are sharded")
+            return
+        in_loss = self.args.entropy_coef != 0 or self.args.use_adaptive_entropy
+        install_fused_head(model, self.temperature, entropy=True, entropy_needs_grad=in_loss)
+        if self.ref_model is not None:
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            install_fused_head(reference, self.temperature, entropy=False, entropy_needs_grad=False)
+
+
+def _sample_rows(prompts: list[Any], trainer: GPOTrainer) -> dict[str, Any]:
+    """TRL's rollout function."""
+    return trainer.sample_rows(prompts)
+
+
+def _why_no_engine(trainer: Any, own_rollouts: bool) -> str | None:
+    """Why our engine cannot sample for this trainer, as the end of a sentence, or None."""
+    args = trainer.args
+    for condition, reason in (
+        (own_rollouts, "with a rollout_func of your own"),
+        (args.use_vllm, "with use_vllm=True"),
+        (args.use_transformers_continuous_batching, "with use_transformers_continuous_batching=True"),
+        (bool(trainer.tools) or trainer.environment_factories is not None, "with tools or environments"),
+        (trainer._is_vlm, "on a model that takes images"),
+        (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, "on sharded weights (FSDP, DeepSpeed)"),
+        (args.repetition_penalty != 1.0, f"with repetition_penalty={args.repetition_penalty}"),
+        (bool(args.generation_kwargs), f"with generation_kwargs={args.generation_kwargs}"),
+    ):
+        if condition:
+            return reason
+    return None

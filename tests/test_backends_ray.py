@@ -1,0 +1,94 @@
+"""The Ray backend: the same completions as one local engine, also when an actor is killed."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+from gpo_fast import Request, RolloutEngine, SamplingParams
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
+
+from gpo_fast.rollout.ray_backend import RayBackend  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 1024 * 1024)
+    yield str(folder)
+    ray.shutdown()
+
+
+def requests(count: int, tokens: int = 12) -> list[Request]:
+    return [Request([3 + i % 20, 5, 7], 2, SamplingParams(max_tokens=tokens), seed=i) for i in range(count)]
+
+
+def test_ray_gives_what_one_engine_gives_and_a_killed_actor_loses_nothing(saved: str) -> None:
+    backend = RayBackend(saved, 2, chunk_size=2, max_batch_size=4)
+    try:
+        wanted = requests(40, tokens=60)
+        drawn: list = []
+        thread = threading.Thread(target=lambda: drawn.extend(backend.generate(wanted)))
+        thread.start()
+        deadline = time.monotonic() + 120
+        while backend.stats()["completions"] < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert thread.is_alive(), "the actor must be killed in the middle"
+        ray.kill(backend.actors[0])
+        thread.join(timeout=180)
+        assert backend.stats()["replaced"] == 1
+        local = RolloutEngine(tiny.model(), tiny.tokenizer(), max_batch_size=4).generate(wanted)
+        assert [(c.request_index, c.branch_index, c.token_ids) for c in drawn] == [
+            (c.request_index, c.branch_index, c.token_ids) for c in local
+        ]
+        assert all(a.logprobs == pytest.approx(b.logprobs, abs=1e-4) for a, b in zip(drawn, local))
+    finally:
+        backend.close()
+
+
+def test_new_weights_reach_every_actor_also_one_that_starts_later(saved: str) -> None:
+    trained = tiny.model(seed=5)
+    backend = RayBackend(saved, 2, model=trained, chunk_size=1)
+    try:
+        wanted = requests(4)
+        local = [c.token_ids for c in RolloutEngine(trained, tiny.tokenizer()).generate(wanted)]
+        old = [c.token_ids for c in backend.generate(wanted)]
+        backend.update_weights()
+        assert [c.token_ids for c in backend.generate(wanted)] == local != old
+        ray.kill(backend.actors[1])
+        assert [c.token_ids for c in backend.generate(wanted)] == local
+    finally:
+        backend.close()
+
+
+def test_errors_are_the_engines_own_and_a_deadly_chunk_is_given_up(saved: str, tmp_path: Path) -> None:
+    backend = RayBackend(saved, 1)
+    try:
+        with pytest.raises(ValueError, match="context is 256 tokens"):
+            backend.generate([Request([3] * 250, 1, SamplingParams(max_tokens=50))])
+        assert len(backend.generate(requests(1))) == 2
+    finally:
+        backend.close()
+
+    def deadly():
+        os._exit(1)
+
+    backend = RayBackend(deadly, 1, tokenizer=tiny.tokenizer(), max_losses=2)
+    try:
+        with pytest.raises(RuntimeError, match="were lost with 2 actors"):
+            backend.generate(requests(1))
+    finally:
+        backend.close()
+    with pytest.raises(ValueError, match="at least 1"):
+        RayBackend(saved, 0)

@@ -1,0 +1,302 @@
+"""GPO inside TRL: drop-in, the same loss as TRL's where GPO is off, and the rows that TRL expects where it is on."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import runpy
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+trl = pytest.importorskip("trl")
+
+from gpo_fast.integrations.trl import GPOConfig, GPOTrainer  # noqa: E402
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
+
+
+def digits(completions, answer, **_):
+    assert len(answer) == len(completions)
+    return [sum(x.isdigit() for x in c) / max(1, len(c)) for c in completions]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    policy().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def policy(**changes):
+    return tiny.model(**{"vocab_size": len(tiny.tokenizer()), "initializer_range": 0.05, **changes})
+
+
+@cache
+def dataset():
+    import datasets
+
+    return datasets.Dataset.from_list(ROWS)
+
+
+def options(folder: Path, **changes) -> dict:
+    values = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "max_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+    }
+    return {**values, **changes}
+
+
+def gpo(folder: Path, model=None, rewards=digits, trainer=None, **changes) -> GPOTrainer:
+    return GPOTrainer(
+        model if model is not None else policy(),
+        rewards,
+        args=GPOConfig(**options(folder, **{"num_samples": 2, "step_splitter": "tokens", **changes})),
+        train_dataset=dataset(),
+        processing_class=tiny.tokenizer(),
+        **(trainer or {}),
+    )
+
+
+def test_the_reward_rises_with_gpo(tmp_path: Path) -> None:
+    run = gpo(tmp_path, max_steps=20, per_device_train_batch_size=16)
+    run.train()
+    rewards = [entry["reward"] for entry in run.state.log_history if "reward" in entry]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3
+    entry = run.state.log_history[0]
+    assert entry["gpo/searched_groups"] > 0
+    assert entry["gpo/search_tokens"] > 0
+
+
+def test_rows_keep_trls_counts_and_prefixes_have_no_loss(tmp_path: Path) -> None:
+    run = gpo(tmp_path, reset_share=0.5, min_step_tokens=2)
+    run.model.train()
+    rows = [ROWS[i] for i in (3, 3, 3, 3, 7, 7, 7, 7)]
+    output = run._generate_and_score_completions(rows)
+    mask, length = output["tool_mask"], output["completion_mask"].sum(1)
+    assert output["completion_ids"].shape[0] == len(rows)
+    assert int(length.max()) <= 12
+    kept = [(row == 0).sum().item() for row in mask]
+    assert {g.first for g in run._groups} == {0, 4}
+    for first in (0, 4):
+        assert kept[first : first + 2] == [0, 0]
+        assert kept[first + 2] == kept[first + 3], "both rollouts start from the same critical step"
+        cut = kept[first + 2]
+        resets = output["completion_ids"][first + 2 : first + 4]
+        assert (resets[0, :cut] == resets[1, :cut]).all()
+        assert (length[first + 2 : first + 4] > cut).all()
+        # The advantages of rollouts from one state are centred on that state.
+        assert output["advantages"][first + 2 : first + 4].sum().abs() < 1e-5
+    assert sum(kept) > 0
+    assert int(output["num_items_in_batch"]) == int((output["completion_mask"] * mask).sum())
+    assert list(run._logs["advantages"]) == pytest.approx(output["advantages"].tolist())
+
+
+def test_base_rows_are_compared_with_all_completions_of_their_prompt(tmp_path: Path) -> None:
+    run = gpo(tmp_path, scale_rewards="none", reset_share=0.5)
+    run.model.train()
+    output = run._generate_and_score_completions([ROWS[3]] * 4 + [ROWS[7]] * 4)
+    for group in run._groups:
+        rewards = torch.tensor(group.base_rewards)
+        expected = rewards[:2] - rewards.mean()
+        assert torch.allclose(output["advantages"][group.first : group.first + 2], expected, atol=1e-6)
+
+
+class Gradients(TrainerCallback):
+    """Keeps the first step's gradients."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:
+        if not self.kept:
+            self.kept = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def fixed_rollouts(prompts, trainer) -> dict:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(2, 12, (len(prompts),), generator=generator).tolist()
+    ids = [torch.randint(3, 40, (n,), generator=generator).tolist() for n in lengths]
+    prompt_ids = [trainer.processing_class(p)["input_ids"] for p in prompts]
+    return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_type": "grpo"},
+        {"loss_type": "bnpo", "temperature": 0.7},
+        {"loss_type": "dr_grpo", "entropy_coef": 0.3},
+        {"loss_type": "dapo", "beta": 0.2},
+        {"loss_type": "cispo", "steps_per_generation": 2, "per_device_train_batch_size": 4},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_without_gpo_loss_and_gradients_are_trls(tmp_path: Path, saved: str, changes: dict, adapter: bool) -> None:
+    found = []
+    for config, trainer in ((trl.GRPOConfig, trl.GRPOTrainer), (GPOConfig, GPOTrainer)):
+        own = {"use_gpo": False} if config is GPOConfig else {}
+        gradients = Gradients()
+        run = trainer(
+            saved,
+            digits,
+            args=config(**options(tmp_path, max_grad_norm=0.0, max_steps=1, **{**changes, **own})),
+            train_dataset=dataset(),
+            processing_class=tiny.tokenizer(),
+            rollout_func=fixed_rollouts,
+            callbacks=[gradients],
+            peft_config=LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.0, init_lora_weights=False)
+            if adapter
+            else None,
+        )
+        run.train()
+        entry = run.state.log_history[0]
+        found.append((entry["loss"], entry["entropy"], gradients.kept))
+    (loss, entropy, theirs), (own_loss, own_entropy, ours) = found
+    assert own_loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    assert own_entropy == pytest.approx(entropy, rel=1e-5)
+    assert set(theirs) == set(ours)
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def test_the_fused_head_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpo_fast.integrations import trl_head
+
+    calls = []
+    original = trl_head.logprobs_and_entropy
+
+    def counting(*arguments, **keywords):
+        calls.append(arguments[2].shape)
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(trl_head, "logprobs_and_entropy", counting)
+    gpo(tmp_path, max_steps=1).train()
+    assert calls
+    calls.clear()
+    gpo(tmp_path, max_steps=1, use_fused_head=False).train()
+    assert not calls
+
+
+def test_adapters_conversations_async_rewards_and_checkpoints(tmp_path: Path) -> None:
+    import datasets
+
+    tokenizer = tiny.tokenizer().__class__(
+        tokenizer_object=tiny.tokenizer().backend_tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}q:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    seen = []
+
+    async def later(completions, trainer_state, **_):
+        seen.append(trainer_state.global_step)
+        return [float(len(c[0]["content"])) for c in completions]
+
+    def never(completions, log_metric, **_):
+        log_metric("mine", 1.0)
+        return [None] * len(completions)
+
+    rows = [{"prompt": [{"role": "user", "content": r["prompt"]}], "answer": r["answer"]} for r in ROWS]
+    run = GPOTrainer(
+        policy(),
+        [later, never],
+        args=GPOConfig(**options(tmp_path, save_strategy="steps", save_steps=2, num_iterations=2, beta=0.0)),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.0),
+    )
+    run.train()
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    assert seen
+    assert run.state.log_history[0]["mine"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reset_share": 0.25}, "at least 2 are needed"),
+        ({"reset_share": 1.5}, "reset_share must be above 0"),
+        ({"num_generations": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}, "divisible"),
+        ({"use_rollout_engine": False}, "needs the rollout engine"),
+        ({"repetition_penalty": 1.1}, "with repetition_penalty=1.1"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gpo(tmp_path, **changes)
+
+
+def test_the_plain_script_becomes_ours_in_ten_lines(
+    saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, ours = ((EXAMPLES / name).read_text().splitlines() for name in ("trl_grpo.py", "trl_gpo.py"))
+    changed = [line for line in difflib.unified_diff(plain, ours, n=0) if line[:1] == "+" and line[:3] != "+++"]
+    assert len(changed) <= 10
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for name in ("trl_grpo.py", "trl_gpo.py"):
+        assert len((EXAMPLES / name).read_text().splitlines()) <= 30
+        monkeypatch.setattr(sys, "argv", [name, saved, "2"])
+        state = runpy.run_path(str(EXAMPLES / name), run_name="__main__")["trainer"].state
+        assert state.global_step == 2
+        json.dumps(state.log_history)
+
+
+TWO_PROCESSES = """
+import datasets, os, sys, torch
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import tiny
+from test_integrations_trl import GPOConfig, GPOTrainer, ROWS, digits, options, policy
+
+rank = int(os.environ["RANK"])
+reward = digits if rank == 0 else lambda completions, **_: [0.0] * len(completions)
+model = policy()
+start = torch.cat([p.detach().flatten() for p in model.parameters()])
+config = GPOConfig(**options(sys.argv[2], per_device_train_batch_size=4, max_steps=3, step_splitter="tokens"))
+run = GPOTrainer(model, reward, args=config, train_dataset=datasets.Dataset.from_list(ROWS),
+                 processing_class=tiny.tokenizer())
+run.train()
+end = torch.cat([p.detach().flatten() for p in model.parameters()])
+both = [torch.zeros_like(end) for _ in range(2)]
+dist.all_gather(both, end)
+assert torch.equal(*both), "the processes' weights differ"
+assert not torch.equal(start, end)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_has_nothing_to_search(tmp_path: Path) -> None:
+    """Neither waits for the other's search, and both end with the same weights."""
+    script = tmp_path / "run.py"
+    script.write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(script), str(Path(__file__).parent), str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

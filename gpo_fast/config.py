@@ -49,7 +49,8 @@ class GPOConfig(TrainingArguments):
     reset: str = _option("before", "Reset to the state before or after the critical step.")
     num_resets: int = _option(4, "New rollouts sampled from each critical step.")
     search: Any = _option(
-        "mixed", "Searched: the worst trajectory of each group with mixed outcomes (mixed), all, or a function."
+        "mixed",
+        "Searched: the worst trajectory of each group with mixed outcomes (mixed), all, or a module's function.",
     )
     max_searches: int | None = _option(None, "At most so many trajectories are searched per iteration.")
     search_budget: float | None = _option(None, "Most tokens of all searches, as a share of the base rollouts'.")

@@ -282,7 +282,7 @@ def test_split_costs_no_more_and_keeps_the_halves_apart() -> None:
 
 
 def test_a_proposal_orders_the_search_and_never_decides_it() -> None:
-    world = exact.pivotal(7)
+    world = exact.pivotal(7, slip=0.0)
     backend = exact.ChainBackend(world)
     drawn = exact.trajectories(backend, 30, seed=4, outcome=0.0)
 
@@ -301,7 +301,7 @@ def test_a_proposal_orders_the_search_and_never_decides_it() -> None:
 
 
 def test_proposals_of_a_known_model() -> None:
-    world = exact.even(4, 0.7, repair=0.0, loop=(0.0, 0.0))
+    world = exact.even(4, 0.7, repair=0.3, loop=(0.0, 0.0))
     model = exact.table_model(world)
     drawn = exact.trajectories(exact.ChainBackend(world), 3, seed=0, outcome=0.0)
     steps = [exact.splitter().split(c.token_ids, None) for c in drawn]

@@ -12,7 +12,7 @@ class BisectSearch(Search):
 
     Success is a reward above the trajectory's own. Exact where a mistake is never repaired and N samples do not
     miss a success that is possible; a heuristic everywhere else. With a proposal, a bracket is not halved by its
-    number of steps but by their scores.
+    number of steps but by their weight, half of which is their scores'.
     """
 
     def __init__(self, problem: SearchProblem) -> None:
@@ -54,11 +54,12 @@ class BisectSearch(Search):
         return any(r > self.problem.reward for r in self.problem.samples[state])
 
     def _middle(self) -> int:
-        """A state strictly between the ends with half of the bracket's score on either side."""
+        """A state strictly between the ends with half of the bracket's weight on either side."""
         scores = self.problem.proposal
-        inner = range(self.alive + 1, self.lost)
-        if scores is None:
+        if scores is None or sum(scores) == 0:
             return (self.alive + self.lost) // 2
-        bracket = scores[self.alive : self.lost]
-        half = sum(bracket) / 2
-        return min(inner, key=lambda state: abs(sum(bracket[: state - self.alive]) - half))
+        # Half of the weight is spread evenly, so that a wrong proposal costs a few rounds and not a walk.
+        weights = [score / sum(scores) + 1 / len(scores) for score in scores][self.alive : self.lost]
+        half = sum(weights) / 2
+        inner = range(self.alive + 1, self.lost)
+        return min(inner, key=lambda state: abs(sum(weights[: state - self.alive]) - half))

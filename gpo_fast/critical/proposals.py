@@ -37,7 +37,7 @@ class TokenEntropy:
             first = len(completion.prompt_token_ids) - 1
             ids = torch.tensor([tokens], device=self.model.device)
             logprobs = self.model(input_ids=ids, use_cache=False).logits[0, first:-1].float().log_softmax(-1)
-            entropy = -(logprobs.exp() * logprobs).nan_to_num().sum(-1).tolist()
+            entropy = (-logprobs.exp() * logprobs).nan_to_num().sum(-1).tolist()
             scores.append([max(entropy[s.start : s.end], default=0.0) for s in row_steps])
         return scores
 

@@ -85,6 +85,7 @@ void PrefixCache::let_go(int32_t id) {
     holder.reserved = 0;
     tree_.detach(id);
     tree_.free_holder(id);
+    ++tree_.version;
 }
 
 // -- sequences --------------------------------------------------------------------------------------------------
@@ -140,7 +141,6 @@ void PrefixCache::release(Handles handles) {
         name_once(holder);
     }
     for (size_t i = 0; i < handles.size; ++i) let_go(find(handles[i]));
-    ++tree_.version;
 }
 
 void PrefixCache::truncate(int64_t sequence, int32_t length) {
@@ -350,6 +350,7 @@ void PrefixCache::unpin(int64_t pin) {
 void PrefixCache::give_up_pin(int32_t pin) {
     pins_.erase({tree_.holders[pin].priority, pin});
     tree_.move(pin, tree_.run_at(tree_.holders[pin].run, 0), 0);
+    ++tree_.version;
 }
 
 int32_t PrefixCache::evict(int32_t count, int32_t priority) {

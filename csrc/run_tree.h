@@ -129,7 +129,7 @@ class RunTree {
 
     const int32_t num_blocks, block_size;
     int64_t epoch = 0;
-    int64_t version = 0;  // grows when the pages of any sequence change
+    int64_t version = 0;  // grows when the pages of any handle change
     int64_t cached = 0, stale = 0, evicted = 0, deduplicated = 0;
     std::vector<int32_t> free_pages;
     std::vector<Run> runs;

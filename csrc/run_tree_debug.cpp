@@ -103,7 +103,8 @@ void RunTree::check_children(int32_t id) const {
     require(indexed == runs[id].index.size(), "the index has the matchable children");
 }
 
-// Children in the index differ from each other, and from the run itself, in their first page.
+// Children in the index differ from each other, and from the run itself, in their first page. (One that is not full may
+// be the beginning of another.)
 void RunTree::check_index(int32_t id) const {
     const Run& run = runs[id];
     const auto first_page = [this](const Run& child) {
@@ -120,7 +121,7 @@ void RunTree::check_index(int32_t id) const {
                     "children differ in their first page, and the index is sorted");
         }
         const int32_t own = std::min(run.committed - child.start, block_size);
-        if (own < static_cast<int32_t>(page.size())) continue;
+        if (own != static_cast<int32_t>(page.size())) continue;
         require(!std::equal(page.begin(), page.end(), run.tokens.begin() + (child.start - run.start)),
                 "a child differs from its parent in its first page");
     }

@@ -28,6 +28,7 @@ SharedPlan SharedPlanner::build(RunTree& tree, const std::vector<int32_t>& holde
     for (size_t row = 0; row < holders.size(); ++row) {
         add_row(tree, tree.holders[holders[row]], static_cast<int32_t>(row));
     }
+    count_rows();
     for (const int32_t root : roots_) visit(tree, root, kNone);
     fill_rows();
     fill_tails(tree, holders);
@@ -55,7 +56,7 @@ int32_t SharedPlanner::node_of(RunTree& tree, int32_t id) {
     return run.plan_node;
 }
 
-// Enters a sequence at its run, and that run in its parent, up to the root.
+// Enters a sequence at its run, and the runs above it that are not entered yet.
 void SharedPlanner::add_row(RunTree& tree, const Holder& holder, int32_t row) {
     const size_t known = nodes_.size();
     row_length_[row] = holder.length;
@@ -63,18 +64,28 @@ void SharedPlanner::add_row(RunTree& tree, const Holder& holder, int32_t row) {
     next_row_[row] = nodes_[node].first_row;
     nodes_[node].first_row = row;
     ++nodes_[node].rows;
-    for (int32_t run = holder.run; !tree.runs[run].is_root();) {
-        const bool is_new = static_cast<size_t>(node) >= known;
-        run = tree.runs[run].parent;
+    if (static_cast<size_t>(node) < known) return;
+    climbs_.push_back(node);
+    for (int32_t run = tree.runs[holder.run].parent; run != kNone; run = tree.runs[run].parent) {
         const int32_t parent = node_of(tree, run);
-        if (is_new) {
-            nodes_[node].sibling = nodes_[parent].first_child;
-            nodes_[parent].first_child = node;
-        }
+        nodes_[node].parent = parent;
+        nodes_[node].sibling = nodes_[parent].first_child;
+        nodes_[parent].first_child = node;
+        if (static_cast<size_t>(parent) < known) return;
         node = parent;
-        ++nodes_[node].rows;
     }
-    if (static_cast<size_t>(node) >= known) roots_.push_back(node);
+    roots_.push_back(node);
+}
+
+// Adds the rows of each node to its parent's: a node's children were entered after it or, on one climb, just before.
+void SharedPlanner::count_rows() {
+    int32_t end = static_cast<int32_t>(nodes_.size());
+    for (; !climbs_.empty(); climbs_.pop_back()) {
+        for (int32_t node = climbs_.back(); node < end; ++node) {
+            if (nodes_[node].parent != kNone) nodes_[nodes_[node].parent].rows += nodes_[node].rows;
+        }
+        end = climbs_.back();
+    }
 }
 
 // Goes down a run from one exit to the next; between two of them the same rows share its pages.

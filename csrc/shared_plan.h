@@ -41,6 +41,7 @@ class SharedPlanner {
     // A run that a sequence of the batch passes.
     struct Node {
         int32_t run;
+        int32_t parent = kNone;
         int32_t rows = 0;                              // sequences at or below it
         int32_t first_child = kNone, sibling = kNone;  // runs below it
         int32_t first_row = kNone;                     // sequences that end in it
@@ -55,6 +56,7 @@ class SharedPlanner {
     void reserve_plan(size_t rows);
     int32_t node_of(RunTree& tree, int32_t run);
     void add_row(RunTree& tree, const Holder& holder, int32_t row);
+    void count_rows();
     void visit(const RunTree& tree, int32_t node, int32_t group);
     void push_exits(const RunTree& tree, const Node& node);
     int32_t share(const RunTree& tree, const Run& run, int32_t begin, int32_t end, int32_t rows, int32_t above);
@@ -65,6 +67,7 @@ class SharedPlanner {
     uint32_t stamp_ = 0;
     size_t last_groups_ = 0, last_pages_ = 0;
     std::vector<Node> nodes_;
+    std::vector<int32_t> climbs_;  // per way up from a sequence: its first new node
     std::vector<int32_t> roots_;
     std::vector<int32_t> next_row_;     // per row: the next that ends in the same run
     std::vector<int32_t> row_length_;   // per row: its tokens

@@ -1,0 +1,138 @@
+"""What the benchmarks share: arguments, timing with spread, the machine's description, a table and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "triton", "numpy", "gpo-fast")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser with what every benchmark takes."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--quick", action="store_true", help="a small size, to see that the script runs")
+    result.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
+    return result
+
+
+@dataclass
+class Timing:
+    """Seconds of one call: median, and the middle half of the measurements."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @staticmethod
+    def of(seconds: Sequence[float]) -> Timing:
+        ordered = sorted(seconds)
+        low, high = ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
+        return Timing(statistics.median(ordered), low, high, len(ordered))
+
+
+def interleave(
+    calls: dict[str, Callable[[], object]], *, repeats: int, number: int = 1, after: Callable[[], object] | None = None
+) -> dict[str, Timing]:
+    """Times each call `repeats` times, taking turns, so that a slow minute of the machine hits all alike.
+
+    Args:
+        number: calls in one measurement; the time is per call.
+        after: runs after each measurement, outside the time.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(number):
+                call()
+            seconds[name].append((time.perf_counter() - start) / number)
+            if after is not None:
+                after()
+    return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+def human(seconds: float) -> str:
+    """1.23 us, 45.6 ms, 7.89 s."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the numbers were taken."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "system": platform.platform(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+@dataclass
+class Table:
+    """Rows for people and for the JSON file."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add(self, *row: str) -> None:
+        self.rows.append(row)
+
+    def show(self) -> None:
+        from rich.console import Console
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title, title_justify="left")
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if number == 0 else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        Console(width=140).print(table)
+
+
+def finish(arguments: argparse.Namespace, tables: Sequence[Table], data: dict[str, Any]) -> None:
+    """Prints the tables and writes the JSON file if one was asked for."""
+    for table in tables:
+        table.show()
+    described = machine()
+    print(f"{described['cpu']}, {described['cores']} cores, load {described['load']:.1f}, commit {described['commit']}")
+    if arguments.json:
+        options = {name: str(value) for name, value in vars(arguments).items()}
+        plain = {
+            "machine": described,
+            "arguments": options,
+            "tables": [asdict(table) for table in tables],
+            "data": data,
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(plain, indent=2, default=lambda value: asdict(value)) + "\n")

@@ -371,7 +371,9 @@ class TransformersCache(RolloutCache):
         self.blocks: Any = FullAttentionCacheAllocator(0, config, 1, torch.int8, block_size, [0], True)
         pool = CachePool(num_blocks, 1)
         size = self.blocks.bytes_per_block
-        self.blocks.register_cache_tensor(size, num_blocks * size, torch.zeros((num_blocks + 2) * size).to(torch.int8), pool)
+        self.blocks.register_cache_tensor(
+            size, num_blocks * size, torch.zeros((num_blocks + 2) * size).to(torch.int8), pool
+        )
         for _ in range(num_blocks):
             pool.allocate_sector(0)
         self.pool = pool

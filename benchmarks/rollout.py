@@ -1,9 +1,10 @@
 """Sampling branches: the engine against transformers' ways of doing the same, in one process, taking turns.
 
 Every peer produces the same number of tokens for the same prompts (end-of-sequence is ignored). Peers:
-  generate         one generate() for each different prompt, with num_return_sequences where it continues more than once;
-                   different prompts of one length are one batch
-  repeat cache     prefill once, repeat the cache for the branches, decode with one small call a step (the fair baseline)
+  generate         one generate() for each different prompt, with num_return_sequences where it continues more than
+                   once; different prompts of one length are one batch
+  repeat cache     prefill once, repeat the cache for the branches, decode with one small call a step (the fair
+                   baseline)
   generate_batch   transformers' continuous batching
   llama.cpp        llama-cpp-python where it is installed (SmolLM2 only: its packaged file, with that quantisation)
 On a GPU (--device cuda) each row also has the floor of a decode step: weights and KV bytes over copy bandwidth.
@@ -183,8 +184,9 @@ def with_generate_batch(model: Any, work: Workload) -> Callable[[], object]:
 
 
 def with_llama_cpp(work: Workload) -> Callable[[], object]:
-    from gpo_fast.demo.model import find_gguf
     from llama_cpp import Llama
+
+    from gpo_fast.demo.model import find_gguf
 
     path = find_gguf()
     llama = Llama(str(path), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False, logits_all=False)
@@ -210,17 +212,14 @@ def peers(model: Any, work: Workload, arguments: Any) -> dict[str, Callable[[], 
     return {name: call for name, call in calls.items() if name in arguments.peers}
 
 
-def usable(calls: dict[str, Callable[[], object]], notes: list[str]) -> dict[str, Callable[[], object]]:
-    """The calls that run here, each warmed up; what does not run is noted with its reason."""
-    running = {}
-    for name, call in calls.items():
-        try:
-            call()
-        except Exception as error:  # a peer may lack support for this device: its row says so
-            notes.append(f"{name} does not run here: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
-        else:
-            running[name] = call
-    return running
+def runs(name: str, call: Callable[[], object], notes: list[str]) -> bool:
+    """Warms a call up; what does not run here is noted with its reason."""
+    try:
+        call()
+    except Exception as error:  # a peer may lack support for this device: its row says so
+        notes.append(f"{name} does not run here: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        return False
+    return True
 
 
 def copy_bandwidth() -> float:
@@ -286,7 +285,8 @@ def main() -> None:
     notes: list[str] = []
     measured: dict[str, dict[str, Timing]] = {}
     for work in workloads(model.config.vocab_size, arguments.quick):
-        calls = usable({"gpo-fast": ours(engine, work), **peers(model, work, arguments)}, notes)
+        calls = {"gpo-fast": ours(engine, work)}
+        calls |= {name: call for name, call in peers(model, work, arguments).items() if runs(name, call, notes)}
         times = interleave(calls, repeats=1 if arguments.quick else arguments.repeats)
         measured[work.name] = times
         own = times["gpo-fast"].median

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import pytest
 import tiny
 import torch
 
-from gpo_fast import Request, RolloutEngine, SamplingParams
+from gpo_fast import _C, Request, RolloutEngine, SamplingParams
 
-KINDS = ["llama", "qwen2", "qwen3", "mistral"]
+KINDS = ["llama", "qwen2", "qwen3", "mistral"]  # those that the packed forward pass runs
+MODELS: dict[str, dict[str, Any]] = {  # head sizes 32 to 256, 1 to 8 query heads for a key head
+    "llama": {"head_dim": 64, "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "qwen2": {"head_dim": 32, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "qwen3": {"head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "mistral": {"head_dim": 48, "num_attention_heads": 5, "num_key_value_heads": 5, "hidden_size": 70},
+    "phi3": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "gemma": {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "olmo2": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4},
+}
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
 
@@ -33,15 +45,47 @@ def teacher_forced(model, completion, temperature: float = 1.0) -> torch.Tensor:
     return picked[len(completion.prompt_token_ids) - 1 :]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("block_size", [1, 16])
-def test_greedy_equals_generate(kind: str, block_size: int) -> None:
-    model = tiny.model(kind, seed=3)
-    engine = RolloutEngine(model, tiny.tokenizer(), block_size=block_size, max_batch_size=5)
-    asked = prompts(9)
-    drawn = engine.generate([Request(p, sampling=GREEDY) for p in asked])
-    assert [c.token_ids for c in drawn] == [reference(model, p, 24) for p in asked]
+@pytest.mark.parametrize(("kind", "changes"), MODELS.items(), ids=MODELS)
+@pytest.mark.parametrize("share_prefixes", [True, False])
+@pytest.mark.parametrize("block_size", [1, 16, 64])
+def test_greedy_equals_generate(kind: str, changes: dict, share_prefixes: bool, block_size: int) -> None:
+    engine = RolloutEngine(
+        tiny.model(kind, seed=3, **changes),
+        tiny.tokenizer(),
+        block_size=block_size,
+        max_batch_size=5,
+        share_prefixes=share_prefixes,
+    )
+    requests, expected = greedy_cases(kind)
+    assert [c.token_ids for c in engine.generate(requests)] == expected
+    assert (engine.stats()["shared_reads_saved"] > 0) == (share_prefixes and block_size < 64)
     engine.cache.check_integrity()
+
+
+@cache
+def greedy_cases(kind: str) -> tuple[list[Request], list[list[int]]]:
+    """Prompts with and without common beginnings, and what `generate` makes of them."""
+    model, asked = tiny.model(kind, seed=3, **MODELS[kind]), prompts(3)
+    asked += [[*asked[0], *asked[1], *p] for p in prompts(4, seed=1)]
+    return [Request(p, sampling=GREEDY) for p in asked], [reference(model, p, 24) for p in asked]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kernels", ["avx512", "avx2", "portable", "the model's own modules"])
+def test_each_forward_pass_equals_generate(kind: str, kernels: str) -> None:
+    best = _C.cpu_kernels()
+    modules = kernels == "the model's own modules"
+    try:
+        if not modules:
+            _C.use_cpu_kernels(kernels)
+    except ValueError:
+        pytest.skip(f"this machine has no {kernels}")
+    try:
+        engine = RolloutEngine(tiny.model(kind, seed=3, **MODELS[kind]), tiny.tokenizer(), fast_forward=not modules)
+        requests, expected = greedy_cases(kind)
+        assert [c.token_ids for c in engine.generate(requests)] == expected
+    finally:
+        _C.use_cpu_kernels(best)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,6 +120,65 @@ def test_logprobs_equal_teacher_forcing(kind: str) -> None:
         assert (own - teacher_forced(model, completion)).abs().max() <= 1e-4
         drawn = torch.tensor(completion.sampling_logprobs)
         assert (drawn - teacher_forced(model, completion, 0.7)).abs().max() <= 1e-4
+        assert (own - teacher_forced(model, completion)).abs().mean() <= 1e-5
+
+
+@pytest.mark.parametrize("fast_forward", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_logprobs_are_as_near_the_truth_as_teacher_forcing(kind: str, fast_forward: bool) -> None:
+    for initializer_range in (0.02, 0.1):  # the libraries' default, and weights that make sharper distributions
+        changes = {**MODELS[kind], "initializer_range": initializer_range}
+        model = tiny.model(kind, seed=1, **changes).to(torch.bfloat16)
+        exact = tiny.model(kind, seed=1, **changes).to(torch.bfloat16).float()
+        engine = RolloutEngine(model, tiny.tokenizer(), fast_forward=fast_forward)
+        drawn = engine.generate([Request(p, n=3, sampling=SamplingParams(max_tokens=30)) for p in prompts(5)])
+        own = torch.cat([torch.tensor(c.logprobs) for c in drawn])
+        forced = torch.cat([unrounded_head(model, c) for c in drawn])
+        truth = torch.cat([unrounded_head(exact, c) for c in drawn])
+        assert (own - truth).square().mean().sqrt() <= 1.25 * (forced - truth).square().mean().sqrt() + 1e-4
+        if initializer_range == 0.02:
+            assert (own - forced).abs().mean() <= 5e-3
+            assert (own - forced).abs().max() <= 0.05
+
+
+@torch.no_grad()
+def unrounded_head(model: Any, completion: Any) -> torch.Tensor:
+    """Teacher-forced logprobs, the head in float32 as the losses compute it: rounded logits would hide the rest."""
+    ids = torch.tensor([[*completion.prompt_token_ids, *completion.token_ids]])
+    hidden = model.get_decoder()(ids).last_hidden_state[0, :-1].float()
+    logprobs = (hidden @ model.lm_head.weight.float().T).log_softmax(-1)
+    return logprobs.gather(-1, ids[0, 1:, None])[len(completion.prompt_token_ids) - 1 :, 0]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_take_part_in_rollouts(merged: bool) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny.model(), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    engine = RolloutEngine(model, tiny.tokenizer())
+    if merged:
+        model.merge_adapter()
+        engine.update_weights()
+    for completion in engine.generate([Request(p, n=2, sampling=SamplingParams(max_tokens=20)) for p in prompts(4)]):
+        own = torch.tensor(completion.logprobs)
+        assert (own - teacher_forced(model, completion)).abs().max() <= 1e-4
+
+
+@pytest.mark.slow
+def test_the_demo_model_continues_like_generate() -> None:
+    try:
+        from gpo_fast.demo.model import load_demo_model
+
+        model, tokenizer = load_demo_model()
+    except ImportError as error:
+        pytest.skip(str(error))
+    ids = tokenizer("The three laws of motion are", return_tensors="pt").input_ids[0].tolist()
+    engine = RolloutEngine(model, tokenizer, kv_cache_memory=64 << 20)
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    drawn = engine.generate([Request(ids[:n], sampling=params) for n in (4, len(ids))])
+    assert [c.token_ids for c in drawn] == [reference(model, ids[:n], 24) for n in (4, len(ids))]
 
 
 def test_preemption_changes_no_token() -> None:

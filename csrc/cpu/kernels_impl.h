@@ -43,8 +43,9 @@ inline float rounded_if(bool round, float value) {
     return value;
 }
 
-// exp to about one unit in the last place; arguments are kept within the range of float32.
+// exp to about one unit in the last place; 0 below e^-87, arguments above 88 count as 88.
 inline vec exponential(vec x) {
+    const bits_t alive = (bits_t)(x > splat(-87.0f));
     x = vmax(splat(-87.0f), x);
     x = -vmax(splat(-88.0f), -x);
     const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -60,7 +61,7 @@ inline vec exponential(vec x) {
     p = fused(p, r, splat(1.0f));
     p = fused(p, r, splat(1.0f));
     const bits_t exponent = ((bits_t)shifted - (bits_t)magic + 127) << 23;
-    return p * (vec)exponent;
+    return (vec)((bits_t)(p * (vec)exponent) & alive);
 }
 
 // A tile of R rows and V vectors of c stays in registers while the depth runs.
@@ -114,63 +115,30 @@ static void multiply(const float* a, int64_t lda, int64_t rows, const float* b, 
     for (; j < columns; j += kWidth) multiply_columns<1>(a, lda, rows, b + j, ldb, depth, c + j, ldc, accumulate);
 }
 
-// The same with pairs of bfloat16: the even k is the low half of a 32-bit word, the odd one the high half.
-template <int R>
-inline void pair_tile(const float* a, int64_t lda, const uint32_t* b, int64_t depth, float* c, int64_t ldc) {
-    vec sum[R][2];
-    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = splat(0.0f);
-    for (int64_t k = 0; k < depth; k += 2, b += kPanelColumns) {
-        const bits_t first = load_as<bits_t>(b), second = load_as<bits_t>(b + kWidth);
-        vec right0 = (vec)(first << 16), right1 = (vec)(second << 16);
-        for (int r = 0; r < R; ++r) {
-            const vec left = splat(a[r * lda + k]);
-            sum[r][0] = fused(left, right0, sum[r][0]);
-            sum[r][1] = fused(left, right1, sum[r][1]);
-        }
-        right0 = (vec)(first & 0xffff0000u);
-        right1 = (vec)(second & 0xffff0000u);
-        for (int r = 0; r < R; ++r) {
-            const vec left = splat(a[r * lda + k + 1]);
-            sum[r][0] = fused(left, right0, sum[r][0]);
-            sum[r][1] = fused(left, right1, sum[r][1]);
+// c [64] = one row times a panel of bfloat16 pairs, read in order: the even k is the low half of a 32-bit word, the odd
+// one the high half.
+inline void pair_row(const float* a, const uint32_t* pairs, int64_t depth, float* c) {
+    constexpr int kVectors = kPanelColumns / kWidth;
+    vec sum[kVectors];
+    for (int v = 0; v < kVectors; ++v) sum[v] = splat(0.0f);
+    for (int64_t k = 0; k < depth; k += 2, pairs += kPanelColumns) {
+        const vec even = splat(a[k]), odd = splat(a[k + 1]);
+        for (int v = 0; v < kVectors; ++v) {
+            const bits_t both = load_as<bits_t>(pairs + v * kWidth);
+            sum[v] = fused(even, (vec)(both << 16), sum[v]);
+            sum[v] = fused(odd, (vec)(both & 0xffff0000u), sum[v]);
         }
     }
-    for (int r = 0; r < R; ++r) {
-        store(c + r * ldc, sum[r][0]);
-        store(c + r * ldc + kWidth, sum[r][1]);
-    }
+    for (int v = 0; v < kVectors; ++v) store(c + v * kWidth, sum[v]);
 }
 
-inline void pair_rows(const float* a, int64_t lda, int64_t rows, const uint32_t* b, int64_t depth, float* c,
-                      int64_t ldc) {
-    switch (rows) {
-        case 6:
-            return pair_tile<6>(a, lda, b, depth, c, ldc);
-        case 5:
-            return pair_tile<5>(a, lda, b, depth, c, ldc);
-        case 4:
-            return pair_tile<4>(a, lda, b, depth, c, ldc);
-        case 3:
-            return pair_tile<3>(a, lda, b, depth, c, ldc);
-        case 2:
-            return pair_tile<2>(a, lda, b, depth, c, ldc);
-        case 1:
-            return pair_tile<1>(a, lda, b, depth, c, ldc);
-        default:
-            return;
-    }
-}
-
-// Few rows: the panel is widened as it is read. Many: a stretch of it is widened once into `wide` and stays in the
-// cache, in strips as wide as a tile.
+// A stretch of the panel is widened once for all rows into `wide`, which stays in the cache, in strips as wide as a
+// tile. One row widens as it reads.
 [[maybe_unused]] static void multiply_panel(const float* a, const uint16_t*, int64_t lda, int64_t rows,
                                             const void* panel, int64_t depth, float* c, int64_t ldc) {
-    constexpr int64_t kStrip = 2 * kWidth, kStretch = 256, kFewRows = 6;
+    constexpr int64_t kStrip = 2 * kWidth, kStretch = 256;
     const uint32_t* pairs = static_cast<const uint32_t*>(panel);
-    if (rows <= kFewRows) {
-        for (int64_t j = 0; j < kPanelColumns; j += kStrip) pair_rows(a, lda, rows, pairs + j, depth, c + j, ldc);
-        return;
-    }
+    if (rows == 1) return pair_row(a, pairs, depth, c);
     alignas(64) float wide[kStretch * kPanelColumns];
     for (int64_t start = 0; start < depth; start += kStretch) {
         const int64_t count = std::min(kStretch, depth - start);
@@ -302,14 +270,14 @@ static void score_few(const float* query, int64_t rows, const float* keys, int64
 // exp(score - highest) in place for the first `seen` scores, zero for the rest of the tile; the row's earlier sums
 // are scaled to the new highest.
 inline void softmax_row(const AttentionPiece& piece, int64_t row, int64_t seen, float* scores) {
-    if (piece.softcap > 0) {
-        for (int64_t t = 0; t < seen; ++t) scores[t] = piece.softcap * std::tanh(scores[t] / piece.softcap);
-    }
-    for (int64_t t = seen; t < kKeyTile; ++t) scores[t] = -std::numeric_limits<float>::infinity();
     if (seen <= 0) {
         std::memset(scores, 0, kKeyTile * sizeof(float));
         return;
     }
+    if (piece.softcap > 0) {
+        for (int64_t t = 0; t < seen; ++t) scores[t] = piece.softcap * std::tanh(scores[t] / piece.softcap);
+    }
+    for (int64_t t = seen; t < kKeyTile; ++t) scores[t] = -std::numeric_limits<float>::infinity();
     vec top = load(scores);
     for (int64_t t = kWidth; t < kKeyTile; t += kWidth) top = vmax(top, load(scores + t));
     const float before = piece.highest[row], highest = std::max(before, lane_max(top));

@@ -1,0 +1,313 @@
+"""Sampling branches: the engine against transformers' ways of doing the same, in one process, taking turns.
+
+Every peer produces the same number of tokens for the same prompts (end-of-sequence is ignored). Peers:
+  generate         one generate() for each different prompt, with num_return_sequences where it continues more than
+                   once; different prompts of one length are one batch
+  repeat cache     prefill once, repeat the cache for the branches, decode with one small call a step (the fair
+                   baseline)
+  generate_batch   transformers' continuous batching
+  llama.cpp        llama-cpp-python where it is installed (SmolLM2 only: its packaged file, with that quantisation)
+On a GPU (--device cuda) each row also has the floor of a decode step: weights and KV bytes over copy bandwidth.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import Table, Timing, finish, human, interleave, parser
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+
+from gpo_fast import Request, RolloutEngine, SamplingParams
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "kind": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-1.5b": {
+        "kind": "qwen2",
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@dataclass
+class Workload:
+    """Prompts, continuations of each, new tokens, and the ratios to reach (None: not asked for)."""
+
+    name: str
+    prompts: list[list[int]]
+    branches: int
+    new_tokens: int
+    targets: dict[str, float]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompts) * self.branches * self.new_tokens
+
+
+def load(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+    """(model, tokenizer or None); random weights for the shapes that no package holds."""
+    if name == "smollm2":
+        from gpo_fast.demo.model import load_demo_model
+
+        model, tokenizer = load_demo_model(dtype)
+        return model.eval().to(device), tokenizer
+    shape = dict(SHAPES[name])
+    config = AutoConfig.for_model(shape.pop("kind"), **shape, max_position_embeddings=4096)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device), None
+
+
+def workloads(vocabulary: int, quick: bool) -> list[Workload]:
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(10, vocabulary - 10, (count,), generator=generator).tolist()
+
+    prefix, branches, new = (128, 4, 4) if quick else (1024, 32, 64)
+    trajectories, cuts, continuations, ahead = (2, 3, 2, 4) if quick else (8, 12, 4, 48)
+    comb = []
+    for _ in range(trajectories):
+        prompt, answer = tokens(64), tokens(16 * cuts)
+        comb += [prompt + answer[: 16 * (i + 1)] for i in range(cuts)]
+    different = [tokens(128) for _ in range(4 if quick else 32)]
+    return [
+        Workload(
+            f"{prefix}-token prefix, {branches} branches x {new}",
+            [tokens(prefix)],
+            branches,
+            new,
+            {"generate": 10, "repeat cache": 4, "generate_batch": 8},
+        ),
+        Workload(
+            f"comb: {trajectories} trajectories x {cuts} cuts x {continuations} x {ahead}",
+            comb,
+            continuations,
+            ahead,
+            {"generate": 15, "repeat cache": 3},
+        ),
+        Workload(f"{len(different)} different 128-token prompts x {new}", different, 1, new, {"generate": 2.5}),
+        Workload(f"one sequence: 128-token prompt x {new}", [tokens(128)], 1, new, {"generate": 1}),
+    ]
+
+
+def ours(engine: RolloutEngine, work: Workload) -> Callable[[], object]:
+    sampling = SamplingParams(max_tokens=work.new_tokens, ignore_eos=True)
+    requests = [Request(p, work.branches, sampling, seed=i) for i, p in enumerate(work.prompts)]
+
+    def run() -> None:
+        engine.update_weights()  # nothing is kept from the run before: the prefill is part of the time
+        engine.generate(requests)
+
+    return run
+
+
+def by_length(work: Workload) -> list[list[list[int]]]:
+    """The prompts in batches of equal length, except that a comb has one call for each cut point."""
+    if work.branches > 1:
+        return [[p] for p in work.prompts]
+    return [work.prompts]
+
+
+def with_generate(model: Any, work: Workload) -> Callable[[], object]:
+    def run() -> None:
+        for batch in by_length(work):
+            ids = torch.tensor(batch, device=model.device)
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                num_return_sequences=work.branches,
+                min_new_tokens=work.new_tokens,
+                max_new_tokens=work.new_tokens,
+                pad_token_id=0,
+            )
+
+    return run
+
+
+@torch.no_grad()
+def repeat_cache_once(model: Any, batch: list[list[int]], branches: int, new_tokens: int) -> None:
+    ids = torch.tensor(batch, device=model.device)
+    cache = DynamicCache(config=model.config)
+    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    if branches > 1:
+        cache.batch_repeat_interleave(branches)
+        logits = logits.repeat_interleave(branches, dim=0)
+    for step in range(new_tokens):
+        token = torch.softmax(logits.float(), -1).multinomial(1)
+        if step + 1 < new_tokens:
+            logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def with_repeated_cache(model: Any, work: Workload) -> Callable[[], object]:
+    def run() -> None:
+        for batch in by_length(work):
+            repeat_cache_once(model, batch, work.branches, work.new_tokens)
+
+    return run
+
+
+def with_generate_batch(model: Any, work: Workload) -> Callable[[], object]:
+    config = GenerationConfig(
+        max_new_tokens=work.new_tokens, do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0, use_cache=True
+    )
+    inputs = [p for p in work.prompts for _ in range(work.branches)]
+
+    def run() -> None:
+        done = model.generate_batch(inputs, generation_config=config, progress_bar=False)
+        if len(done) != len(inputs) or any(len(o.generated_tokens) != work.new_tokens for o in done.values()):
+            raise RuntimeError("generate_batch returned other numbers of tokens than asked for")
+
+    return run
+
+
+def with_llama_cpp(work: Workload) -> Callable[[], object]:
+    from llama_cpp import Llama
+
+    from gpo_fast.demo.model import find_gguf
+
+    path = find_gguf()
+    llama = Llama(str(path), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False, logits_all=False)
+
+    def run() -> None:
+        for prompt in work.prompts:
+            for _ in range(work.branches):
+                stream = llama.generate(prompt, temp=1.0, top_k=0, top_p=1.0)
+                for _, _ in zip(range(work.new_tokens), stream):
+                    pass
+
+    return run
+
+
+def peers(model: Any, work: Workload, arguments: Any) -> dict[str, Callable[[], object]]:
+    calls = {
+        "generate": with_generate(model, work),
+        "repeat cache": with_repeated_cache(model, work),
+        "generate_batch": with_generate_batch(model, work),
+    }
+    if arguments.model == "smollm2" and importlib.util.find_spec("llama_cpp"):
+        calls["llama.cpp"] = with_llama_cpp(work)
+    return {name: call for name, call in calls.items() if name in arguments.peers}
+
+
+def runs(name: str, call: Callable[[], object], notes: list[str]) -> bool:
+    """Warms a call up; what does not run here is noted with its reason."""
+    try:
+        call()
+    except Exception as error:  # a peer may lack support for this device: its row says so
+        notes.append(f"{name} does not run here: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        return False
+    return True
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a large copy on the GPU."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.numel() / statistics.median(seconds)
+
+
+def floor_table(engine: RolloutEngine, model: Any, sizes: list[int]) -> Table:
+    """A decode step over different prompts against the bytes that it must read."""
+    table = Table("Decode step over its floor", ("batch", "weights + KV", "floor", "measured", "ratio"))
+    bandwidth = copy_bandwidth()
+    weights = sum(p.numel() * p.element_size() for p in set(model.parameters()))
+    generator = torch.Generator().manual_seed(1)
+    for size in sizes:
+        prompts = torch.randint(10, 1000, (size, 256), generator=generator).tolist()
+        times = []
+        for new in (8, 40):
+            sampling = SamplingParams(max_tokens=new, ignore_eos=True)
+            requests = [Request(p, sampling=sampling, seed=i) for i, p in enumerate(prompts)]
+            engine.update_weights()
+            engine.generate(requests)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            engine.update_weights()
+            engine.generate(requests)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        step = (times[1] - times[0]) / 32
+        size_in_bytes = weights + size * 280 * engine.block_bytes // engine.block_size
+        floor = size_in_bytes / bandwidth
+        table.add(str(size), f"{size_in_bytes / 1e6:,.0f} MB", human(floor), human(step), f"{step / floor:.2f}")
+    return table
+
+
+def main() -> None:
+    arguments_of = parser(__doc__ or "")
+    arguments_of.add_argument("--model", choices=["smollm2", *SHAPES], default="smollm2")
+    arguments_of.add_argument("--device", default="cpu")
+    arguments_of.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    arguments_of.add_argument("--threads", type=int, help="torch's number of threads; its own choice if not given")
+    arguments_of.add_argument("--repeats", type=int, default=3)
+    arguments_of.add_argument(
+        "--peers", nargs="*", default=["generate", "repeat cache", "generate_batch", "llama.cpp"], metavar="PEER"
+    )
+    arguments = arguments_of.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    model, tokenizer = load(arguments.model, getattr(torch, arguments.dtype), arguments.device)
+    engine = RolloutEngine(model, tokenizer)
+    table = Table(
+        f"{arguments.model}, {arguments.dtype}, {arguments.device}, {torch.get_num_threads()} threads",
+        ("workload", "way", "time", "middle half", "tokens/s", "ours is faster by", "to reach"),
+    )
+    notes: list[str] = []
+    measured: dict[str, dict[str, Timing]] = {}
+    for work in workloads(model.config.vocab_size, arguments.quick):
+        calls = {"gpo-fast": ours(engine, work)}
+        calls |= {name: call for name, call in peers(model, work, arguments).items() if runs(name, call, notes)}
+        times = interleave(calls, repeats=1 if arguments.quick else arguments.repeats)
+        measured[work.name] = times
+        own = times["gpo-fast"].median
+        for name, timing in times.items():
+            target = work.targets.get(name)
+            table.add(
+                work.name if name == "gpo-fast" else "",
+                name,
+                human(timing.median),
+                f"{human(timing.low)} - {human(timing.high)}",
+                f"{work.tokens / timing.median:,.0f}",
+                "" if name == "gpo-fast" else f"{timing.median / own:.2f} x",
+                "" if target is None else f"{target:g} x",
+            )
+    tables = [table]
+    if arguments.device == "cuda":
+        tables.append(floor_table(engine, model, [8] if arguments.quick else [64, 256]))
+    finish(arguments, tables, {"notes": notes, "times": measured, "engine": engine.stats()})
+    for note in dict.fromkeys(notes):
+        print(note)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from gpo_fast.integrations.preference_text import exact_text
 
 trl = pytest.importorskip("trl")
 
-PROMPTS = [f"{a}+{b}=" for a in range(3) for b in range(2)]
+PROMPTS = [f"{a}+{b}=" for a in range(4) for b in range(4)]
 
 
 def ones(completions, **_):

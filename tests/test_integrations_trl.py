@@ -190,7 +190,7 @@ def test_the_fused_head_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     original = trl_head.logprobs_and_entropy
 
     def counting(*arguments, **keywords):
-        calls.append(arguments[2].shape)
+        calls.append(arguments[1].shape)
         return original(*arguments, **keywords)
 
     monkeypatch.setattr(trl_head, "logprobs_and_entropy", counting)

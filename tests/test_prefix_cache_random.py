@@ -35,4 +35,4 @@ def test_a_long_life_in_a_small_pool(num_blocks: int, block_size: int) -> None:
     stats = oracle.cache.stats()
     assert stats["evicted"] > 100  # the pool was too small, again and again
     assert stats["deduplicated"] > 0
-    assert block_size == 1 or stats["copies"] > 100
+    assert block_size == 1 or stats["copies"] > 10

@@ -151,11 +151,11 @@ class RolloutStream(Iterator[Completion]):
         logits = self._engine.forward(self._running, chunks)
         sampled = list(self._running)
         copies = [1] * len(sampled)  # branches that take their next token from a row of the logits
-        for entry, _ in chunks:
-            if entry.missing == 0:
-                self._share(entry)
-                sampled += entry.branches
-                copies.append(len(entry.branches))
+        complete = [entry for entry, _ in chunks if entry.missing == 0]
+        self._share(complete)
+        for entry in complete:
+            sampled += entry.branches
+            copies.append(len(entry.branches))
         self._running = sampled
         self._prefilling = [entry for entry in self._prefilling if entry.missing > 0]
         if sampled:
@@ -232,13 +232,18 @@ class RolloutStream(Iterator[Completion]):
             budget -= count
         return chunks
 
-    def _share(self, entry: Prefill) -> None:
-        """The entry is computed: others may match it, and each of its branches gets a sequence."""
-        self._cache.commit(entry.sequence)
-        entry.branches[0].sequence = entry.sequence
-        forks = self._cache.fork(entry.sequence, len(entry.tokens), len(entry.branches) - 1)
-        for branch, fork in zip(entry.branches[1:], forks.tolist()):
-            branch.sequence = fork
+    def _share(self, entries: list[Prefill]) -> None:
+        """The entries are computed: others may match them, and each of their branches gets a sequence."""
+        if not entries:
+            return
+        sequences = [entry.sequence for entry in entries]
+        self._cache.commit(sequences)
+        counts = [len(entry.branches) - 1 for entry in entries]
+        forks = iter(self._cache.fork(sequences, [len(entry.tokens) for entry in entries], counts).tolist())
+        for entry in entries:
+            entry.branches[0].sequence = entry.sequence
+            for branch in entry.branches[1:]:
+                branch.sequence = next(forks)
 
     def _make_room(self) -> None:
         """Preempts what was admitted last until each running branch has room for one more token."""
@@ -285,9 +290,9 @@ class RolloutStream(Iterator[Completion]):
         done = [b for b in self._running if b.finish_reason is not None]
         if not done:
             return
-        for branch in done:
-            self._cache.commit(branch.sequence)  # a search of this trajectory finds its keys and values
-        self._cache.release([b.sequence for b in done])
+        sequences = [b.sequence for b in done]
+        self._cache.commit(sequences)  # a search of these trajectories finds their keys and values
+        self._cache.release(sequences)
         self._crowded = False
         for branch in done:
             branch.sequence = -1

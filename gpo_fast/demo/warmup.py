@@ -1,48 +1,79 @@
-"""Supervised warm-up: the raw model cannot do the task at all, so it first sees worked solutions for a short while."""
+"""Supervised warm-up: the raw model cannot do the task at all, so it first sees worked solutions for a short while.
+
+It ends at a solve rate, not at a step count: how far a number of steps carries differs from machine to machine, and
+GPO needs a start at which some samples are right and some are wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from gpo_fast.demo.task import solution, training
+from gpo_fast.demo.model import fast_dtype
+from gpo_fast.demo.task import solution, solved, training
 from gpo_fast.losses import linear_logprob
+from gpo_fast.rollout import Request, RolloutEngine, SamplingParams
 
-WARMUP_SEED = 29
+WARMUP_SEED, CHECK_SEED = 29, 31
+BATCH_SIZE = 16
+RISE = 5  # steps over which the learning rate rises
+MAX_NEW_TOKENS = 48
 
 
 def warm_up(
     model: Any,
     tokenizer: Any,
     *,
-    steps: int,
-    batch_size: int = 16,
+    solve_rate: float,
+    max_steps: int,
+    first_check: int = 24,
+    check_every: int = 6,
     learning_rate: float = 3e-4,
     on_step: Callable[[int, float], None] | None = None,
-) -> None:
-    """Trains all weights (float32, bfloat16 autocast) on generated solutions; the loss is on the solution only."""
-    rows = training(steps * batch_size, seed=WARMUP_SEED)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=learning_rate, total_steps=steps + 1, pct_start=0.1, anneal_strategy="linear"
+) -> float:
+    """Trains all layers on generated solutions until `solve_rate` of the check problems are solved.
+
+    The embedding, which is the head as well, stays frozen. Returns the last solve rate that was measured.
+    """
+    rows = training(max_steps * BATCH_SIZE, seed=WARMUP_SEED)
+    problems = training(96, seed=CHECK_SEED)
+    model.get_input_embeddings().requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], learning_rate, (0.9, 0.95), weight_decay=0.0, fused=True
     )
-    model.train()
-    for step in range(steps):
-        batch = rows[step * batch_size : (step + 1) * batch_size]
-        loss = _loss(model, tokenizer, batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / RISE))
+    rate = 0.0
+    for step in range(1, max_steps + 1):
+        model.train()
+        loss = _loss(model, tokenizer, rows[(step - 1) * BATCH_SIZE : step * BATCH_SIZE])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         if on_step is not None:
-            on_step(step + 1, float(loss.detach()))
-    model.eval()
+            on_step(step, float(loss.detach()))
+        if step == max_steps or (step >= first_check and (step - first_check) % check_every == 0):
+            rate = _solve_rate(model, tokenizer, problems)
+            if rate >= solve_rate:
+                break
+    model.eval().requires_grad_(True)
+    return rate
 
 
-def _loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
+def _solve_rate(model: Any, tokenizer: Any, problems: Sequence[dict[str, Any]]) -> float:
+    """The share of problems that one sample at temperature 1 solves."""
+    sampling = SamplingParams(max_tokens=MAX_NEW_TOKENS)
+    requests = [Request(tokenizer(row["prompt"])["input_ids"], 1, sampling, seed) for seed, row in enumerate(problems)]
+    engine = RolloutEngine(model, tokenizer, max_batch_size=len(problems), kv_cache_memory=256 << 20)
+    texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in engine.generate(requests)]
+    rewards = solved(texts, [row["answer"] for row in problems], [row["metadata"] for row in problems])
+    return sum(rewards) / len(rewards)
+
+
+def _loss(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
     """Mean negative log-probability of the solutions' tokens and the end token."""
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
     answers = [
@@ -55,7 +86,7 @@ def _loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> torch.Tenso
         input_ids[i, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
         positions.append(i * width + torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1))
     targets = torch.tensor([token for answer in answers for token in answer])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_dtype() == torch.bfloat16):
         hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
         rows_with_loss = hidden.flatten(0, 1)[torch.cat(positions)]
         return -linear_logprob(rows_with_loss, model.get_output_embeddings().weight, targets).mean()

@@ -63,3 +63,26 @@ def pass_at_k_of(rewards: Sequence[Sequence[float]], k: int, *, resamples: int =
     draws = np.random.default_rng(seed).integers(len(shares), size=(resamples, len(shares)))
     low, high = np.quantile(shares[draws].mean(axis=1), [0.025, 0.975])
     return Accuracy(float(shares.mean()), float(low), float(high), len(shares))
+
+
+class Gain(NamedTuple):
+    """A difference of two accuracies on the same problems, with its 95 % interval."""
+
+    gain: float
+    low: float
+    high: float
+
+
+def gain_of(before: Sequence[float], after: Sequence[float], z: float = 1.959964) -> Gain:
+    """The gain in accuracy from rewards of the same problems, by the paired differences' normal interval.
+
+    Raises:
+        ValueError: fewer than two problems, or lists of different lengths.
+    """
+    if len(before) != len(after) or len(before) < 2:
+        raise ValueError(f"a gain needs two lists of equal length, 2 at least, got {len(before)} and {len(after)}")
+    differences = [(b >= 1) - (a >= 1) for a, b in zip(before, after)]
+    mean = sum(differences) / len(differences)
+    variance = sum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
+    half = z * math.sqrt(variance / len(differences))
+    return Gain(mean, mean - half, mean + half)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from gpo_fast.demo.model import fast_dtype, load_demo_model
 from gpo_fast.demo.task import held_out, solved, training
 from gpo_fast.demo.warmup import warm_up
 from gpo_fast.display import TrainingDisplay
-from gpo_fast.evaluation import Accuracy, accuracy_of
+from gpo_fast.evaluation import Accuracy, Gain, accuracy_of, gain_of
 from gpo_fast.report import write_report
 from gpo_fast.run_files import RunFiles, last_checkpoint
 from gpo_fast.trainer import GPOTrainer
@@ -36,7 +37,7 @@ class Size(NamedTuple):
     problems: int  # held-out ones
 
 
-FULL, QUICK = Size(0.3, 60, 270.0, 512), Size(0.2, 36, 40.0, 256)
+FULL, QUICK = Size(0.25, 42, 250.0, 384), Size(0.05, 18, 25.0, 256)
 
 
 class TimeLimit(TrainerCallback):
@@ -76,8 +77,11 @@ def run_demo(output: Path, *, quick: bool = False, compare: bool = False, seed: 
     if compare:
         results.append(_train(output / "grpo", warm, size, seed, use_gpo=False, console=console))
     report = write_report(output)
-    for name, (before, after) in zip(("GPO-GRPO", "GRPO"), results):
-        console.print(f"[bold]{name}[/bold]: {_words(before)} before, [bold]{_words(after)}[/bold] after")
+    for name, (before, after, gain) in zip(("GPO-GRPO", "GRPO"), results):
+        console.print(
+            f"[bold]{name}[/bold]: {_words(before)} before, [bold]{_words(after)}[/bold] after, "
+            f"a gain of {gain.gain:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
+        )
     console.print(
         f"report {report}\nmodel  {output / 'model'}\ntime   {(time.perf_counter() - started) / 60:.1f} minutes"
     )
@@ -113,8 +117,8 @@ def _warm_model(output: Path, size: Size, console: Console) -> Path:
 
 def _train(
     output: Path, warm: Path, size: Size, seed: int, *, use_gpo: bool, console: Console, compare: bool = False
-) -> tuple[Accuracy, Accuracy]:
-    """Trains from the warmed-up model; accuracy before and after."""
+) -> tuple[Accuracy, Accuracy, Gain]:
+    """Trains from the warmed-up model; accuracy before and after, and the gain."""
     model = transformers.AutoModelForCausalLM.from_pretrained(warm, dtype=fast_dtype(), local_files_only=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(warm, local_files_only=True)
     name = "GPO-GRPO" if use_gpo else "GRPO"
@@ -149,20 +153,19 @@ def _train(
         display.phase("evaluate")
         after = _evaluate(trainer, size)
     step = trainer.state.global_step
-    for label, at, result in (("before", 0, before), ("after", step, after)):
+    scores = [accuracy_of(before), accuracy_of(after)]
+    for label, at, result in (("before", 0, scores[0]), ("after", step, scores[1])):
         trainer.run_files.metrics({"eval": {"step": at, "label": f"accuracy {label}", **result._asdict()}})
     merged = trainer.model.merge_and_unload()
     merged.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
-    return before, after
+    return scores[0], scores[1], gain_of(before, after)
 
 
-def _evaluate(trainer: GPOTrainer, size: Size, base: bool = False) -> Accuracy:
-    rows = held_out(size.problems)
-    if base:
-        with trainer.model.disable_adapter():
-            return accuracy_of(trainer.sample_rewards(rows, seed=EVALUATION_SEED).tolist())
-    return accuracy_of(trainer.sample_rewards(rows, seed=EVALUATION_SEED).tolist())
+def _evaluate(trainer: GPOTrainer, size: Size, base: bool = False) -> list[float]:
+    """Rewards of the held-out problems, of the model without its adapter if `base`."""
+    with trainer.model.disable_adapter() if base else nullcontext():
+        return trainer.sample_rewards(held_out(size.problems), seed=EVALUATION_SEED).tolist()
 
 
 def _config(output: Path, seed: int, use_gpo: bool) -> GPOConfig:
@@ -170,16 +173,19 @@ def _config(output: Path, seed: int, use_gpo: bool) -> GPOConfig:
         output_dir=str(output),
         seed=seed,
         use_gpo=use_gpo,
-        per_device_train_batch_size=8,
-        num_generations=8,
-        max_completion_length=64,
+        per_device_train_batch_size=12,
+        # Few base rollouts and many resets: from a critical step about half of the rollouts succeed, and they are
+        # short, so a token sampled there says more about what to do than one of a whole trajectory.
+        num_generations=4 if use_gpo else 8,
+        num_resets=16,
+        max_completion_length=48,
         num_samples=4,
-        num_resets=8,
         criterion="min",
         reuse="all",
-        max_searches=4,
+        steps_per_generation=2,
+        max_batch_size=128,
         bf16=fast_dtype() == torch.bfloat16,
-        learning_rate=4e-4,
+        learning_rate=5e-4,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=3,
         max_grad_norm=1.0,

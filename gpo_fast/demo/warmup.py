@@ -28,7 +28,7 @@ def warm_up(
     *,
     solve_rate: float,
     max_steps: int,
-    first_check: int = 24,
+    first_check: int = 30,
     check_every: int = 6,
     learning_rate: float = 3e-4,
     on_step: Callable[[int, float], None] | None = None,

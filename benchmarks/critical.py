@@ -34,7 +34,7 @@ from rich.table import Table
 import gpo_fast
 from gpo_fast import Completion, CriticalStepFinder, Request, RolloutEngine, SamplingParams, StepSplitter
 from gpo_fast.critical.step import SCORES
-from gpo_fast.demo.model import load_demo_model
+from gpo_fast.demo.model import fast_dtype, load_demo_model
 from gpo_fast.demo.task import training
 from gpo_fast.evaluation import wilson_interval
 
@@ -170,7 +170,7 @@ def reuse_bias(reuse: Any, count: int) -> dict[str, float]:
 def speed_part(options: argparse.Namespace) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    model, tokenizer = load_demo_model(torch.bfloat16)
+    model, tokenizer = load_demo_model(fast_dtype())
     model.eval()
     engine = RolloutEngine(model, tokenizer, max_batch_size=256)
     sampling = SamplingParams(max_tokens=options.new_tokens, ignore_eos=True)

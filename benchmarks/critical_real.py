@@ -26,11 +26,10 @@ from rich.table import Table
 import gpo_fast
 from gpo_fast import Completion, CriticalStepFinder, Request, RolloutEngine, SamplingParams, StepSplitter
 from gpo_fast.critical.proposals import GradientScore, TokenEntropy, logprob_dip
-from gpo_fast.demo.model import load_demo_model
-from gpo_fast.demo.task import held_out, solution
+from gpo_fast.demo.model import fast_dtype, load_demo_model
+from gpo_fast.demo.task import held_out, solution, solved
 from gpo_fast.demo.warmup import warm_up
 from gpo_fast.evaluation import wilson_interval
-from gpo_fast.rewards import reasoning_gym
 from gpo_fast.steps import Step
 
 SPLITTER = StepSplitter("newline", min_tokens=1)
@@ -59,7 +58,7 @@ class Result(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--warm", type=Path, help="folder of the warmed-up model; made if it is not there")
-    parser.add_argument("--warmup-steps", type=int, default=42)
+    parser.add_argument("--solve-rate", type=float, default=0.25, help="at which the warm-up ends")
     parser.add_argument("--trajectories", type=int, default=200)
     parser.add_argument("--quick", action="store_true", help="24 trajectories")
     parser.add_argument("--json", type=Path)
@@ -67,7 +66,7 @@ def main() -> None:
     count = 24 if options.quick else options.trajectories
     transformers.utils.logging.disable_progress_bar()
 
-    model, tokenizer = warmed(options.warm, options.warmup_steps)
+    model, tokenizer = warmed(options.warm, options.solve_rate)
     engine = RolloutEngine(model, tokenizer, max_batch_size=128)
     failing, accuracy = failing_trajectories(engine, count)
     if not failing:
@@ -85,23 +84,23 @@ def main() -> None:
         options.json.write_text(json.dumps(record(results, failing, accuracy), indent=1))
 
 
-def warmed(folder: Path | None, steps: int) -> tuple[Any, Any]:
+def warmed(folder: Path | None, solve_rate: float) -> tuple[Any, Any]:
     """The demo's model after its warm-up, from `folder` if it is there."""
     if folder is not None and (folder / "config.json").is_file():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=fast_dtype(), local_files_only=True)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model, tokenizer = load_demo_model(torch.float32)
     warm_up(
         model,
         tokenizer,
-        steps=steps,
-        on_step=lambda step, loss: print(f"warm-up {step}/{steps} loss {loss:.3f}", flush=True),
+        solve_rate=solve_rate,
+        max_steps=60,
+        on_step=lambda step, loss: print(f"warm-up {step}/60 loss {loss:.3f}", flush=True),
     )
-    model = model.to(torch.bfloat16).eval()
     if folder is not None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    return model, tokenizer
+    return model.to(fast_dtype()).eval(), tokenizer
 
 
 def failing_trajectories(engine: RolloutEngine, count: int) -> tuple[list[Failing], float]:
@@ -145,8 +144,7 @@ def first_wrong_line(
 def scores(engine: RolloutEngine, completions: Sequence[Completion], rows: Sequence[dict[str, Any]]) -> list[float]:
     """1 for a right final result, else 0."""
     texts = [engine.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-    columns = {"answer": [r["answer"] for r in rows], "metadata": [r["metadata"] for r in rows]}
-    return [float(score >= 1) for score in reasoning_gym(texts, **columns)]
+    return solved(texts, [r["answer"] for r in rows], [r["metadata"] for r in rows])
 
 
 def search(engine: RolloutEngine, failing: list[Failing], estimator: Any, n: int, proposal: Any = None) -> Result:

@@ -273,6 +273,7 @@ def main() -> None:
     arguments_of.add_argument(
         "--peers", nargs="*", default=["generate", "repeat cache", "generate_batch", "llama.cpp"], metavar="PEER"
     )
+    arguments_of.add_argument("--only", type=int, help="the number of one workload, from 0")
     arguments = arguments_of.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -284,7 +285,8 @@ def main() -> None:
     )
     notes: list[str] = []
     measured: dict[str, dict[str, Timing]] = {}
-    for work in workloads(model.config.vocab_size, arguments.quick):
+    works = workloads(model.config.vocab_size, arguments.quick)
+    for work in works if arguments.only is None else [works[arguments.only]]:
         calls = {"gpo-fast": ours(engine, work)}
         calls |= {name: call for name, call in peers(model, work, arguments).items() if runs(name, call, notes)}
         times = interleave(calls, repeats=1 if arguments.quick else arguments.repeats)

@@ -53,7 +53,7 @@ class TrainingDisplay:
         recent = list(self._rewards)[-5:]
         left = "" if self.seconds is None else f"{max(0.0, self.seconds - elapsed):.0f} s"
         self._row = {
-            "iteration": str(step),
+            "step": str(step),
             "reward": f"{metrics['reward']:.3f}",
             "mean of 5": f"{sum(recent) / len(recent):.3f}",
             "tokens/s": f"{metrics.get('tokens_per_second', 0):.0f}",

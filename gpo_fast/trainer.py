@@ -179,7 +179,8 @@ class GPOTrainer(Trainer):
         phases["train"] = train_seconds
         total = time.perf_counter() - start
         phases["rest"] = max(0.0, total - sum(phases.values()))
-        metrics["tokens_per_second"] = metrics.get("num_tokens", 0.0) / total
+        if experience is not None:
+            metrics["tokens_per_second"] = metrics["num_tokens"] / total
         record = {
             "step": step + 1,
             "time": self.run_files.time(),

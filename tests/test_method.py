@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpo_fast import Completion, CriticalStepFinder, SamplingParams, StepSplitter, TokenForest
-from gpo_fast.evaluation import wilson_interval
+from gpo_fast.evaluation import gain_of, wilson_interval
 from gpo_fast.rewards import RewardFunctions
 from gpo_fast.steps import Step
 
@@ -219,6 +219,17 @@ def test_a_bad_reward_function_is_named(function, error, message) -> None:
         RewardFunctions(function)(["p", "q"], ["a", "b"], [[1], [2]], {})
     with pytest.raises(ValueError, match="unknown reward"):
         RewardFunctions("exactmatch")
+
+
+def test_a_gain_is_compared_problem_by_problem() -> None:
+    before, after = [0, 0, 1, 1] * 25, [1, 0, 1, 1] * 25
+    gain = gain_of(before, after)
+    assert gain.gain == pytest.approx(0.25)
+    # A quarter of 100 problems gained 1: the variance of the differences is 0.1875 * 100 / 99.
+    assert gain.high - gain.gain == pytest.approx(1.959964 * math.sqrt(0.1875 / 99))
+    assert gain_of(after, before).gain == -gain.gain
+    with pytest.raises(ValueError, match="equal length"):
+        gain_of([1.0], [1.0, 0.0])
 
 
 def test_wilson_interval() -> None:

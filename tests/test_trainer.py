@@ -167,6 +167,7 @@ def test_conversations_and_several_steps_per_generation(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     assert seen[0][1][0]["role"] == "assistant"
     assert ["reward" in r for r in deterministic(tmp_path / "run")] == [True, False, True, False]
+    assert "optimiser steps" in write_report(tmp_path / "run").read_text(encoding="utf-8")
 
 
 SCRIPT = """
@@ -198,6 +199,18 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
         assert process.wait(timeout=250) == 0
     assert deterministic(killed) == deterministic(whole)
     assert len(deterministic(whole)) == 14
+
+
+def test_memory_too_small_for_all_sequences_changes_no_metric(tmp_path: Path) -> None:
+    # The estimator is uniform: racing looks ahead where the engine has idle places, which memory decides.
+    options = {"max_steps": 2, "max_completion_length": 40, "estimator": "uniform"}
+    roomy = trainer(tmp_path / "roomy", **options)
+    roomy.train()
+    tight = trainer(tmp_path / "tight", kv_cache_memory=7 * roomy.engine.block_bytes, **options)
+    tight.train()
+    assert tight.engine.stats()["preemptions"] > 0 == roomy.engine.stats()["preemptions"]
+    for ours, theirs in zip(deterministic(tmp_path / "tight"), deterministic(tmp_path / "roomy")):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:

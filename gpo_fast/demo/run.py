@@ -37,7 +37,7 @@ class Size(NamedTuple):
     problems: int  # held-out ones
 
 
-FULL, QUICK = Size(0.25, 42, 250.0, 384), Size(0.05, 18, 25.0, 256)
+FULL, QUICK = Size(0.25, 42, 240.0, 384), Size(0.05, 16, 20.0, 128)
 
 
 class TimeLimit(TrainerCallback):

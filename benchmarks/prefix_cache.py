@@ -102,7 +102,7 @@ def match_and_fork(repeats: int) -> dict[str, Timing]:
 
 def append(repeats: int) -> dict[str, Timing]:
     """One token each, page after page: a sixteenth of the calls take new pages."""
-    cache = PrefixCache(65536, BLOCK)
+    cache = PrefixCache(256 * (repeats + 2), BLOCK)  # each measurement fills a page of every sequence
     sequence = filled(cache, np.arange(256, dtype=np.int32))
     sequences = cache.fork(sequence, 256, 256)
     tokens = np.arange(256, dtype=np.int32)

@@ -113,12 +113,15 @@ void SharedPlanner::visit(const RunTree& tree, int32_t index, int32_t group) {
 }
 
 void SharedPlanner::push_exits(const RunTree& tree, const Node& node) {
+    const size_t base = exits_.size();
     for (int32_t row = node.first_row; row != kNone; row = next_row_[row]) {
         exits_.push_back({tree.page_start(row_length_[row]), row, kNone});
     }
     for (int32_t child = node.first_child; child != kNone; child = nodes_[child].sibling) {
         exits_.push_back({tree.runs[nodes_[child].run].start, kNone, child});
     }
+    // Both lists have the last entered first: turned round, exits at one position are in order already.
+    std::reverse(exits_.begin() + base, exits_.end());
 }
 
 // The group of pages [begin, end) of a run; the group above goes on if its rows are the same.

@@ -62,7 +62,7 @@ def parts(out: Path, quick: bool) -> list[Part]:
     pytest = (sys.executable, "-m", "pytest", "--timeout", "110", "-p", "no:cacheprovider")
     return [
         Part("gpu tests", (*pytest, "-m", "gpu", "tests"), 150),
-        benchmark("kernels", 90),
+        benchmark("triton_kernels", 90),
         benchmark("rollout", 120),
         benchmark("tree_training", 90, "--model", "qwen3-0.6b", "--unique-tokens", "16384"),
         benchmark("loss", 90),

@@ -1,7 +1,7 @@
 """The Triton kernels of rollout and tree training against their peers, one kernel at a time.
 
-    python benchmarks/kernels.py --device cuda --json kernels.json
-    python benchmarks/kernels.py --quick                # tiny sizes in Triton's interpreter: does it run? No timings.
+    python benchmarks/triton_kernels.py --device cuda --json kernels.json
+    python benchmarks/triton_kernels.py --quick      # tiny sizes in Triton's interpreter: does it run? No timings.
 
 Decode attention: branches of shared prefixes, against plain paged attention by the same kernel (nothing shared) and
 against scaled_dot_product_attention over a cache that is repeated for each branch; the floor is the time to read every

@@ -24,6 +24,7 @@ from gpo_fast.data import (
     is_conversation,
 )
 from gpo_fast.integrations.preference_text import Format, TextPair, exact_text
+from gpo_fast.procedure import search_mixed
 from gpo_fast.rewards import RewardFunctions
 from gpo_fast.rollout.types import Completion, Request, SamplingParams
 from gpo_fast.steps import SplitFunction, StepSplitter
@@ -220,12 +221,9 @@ class _Builder:
 
     def _choose(self, rewards: np.ndarray) -> list[int]:
         """The trajectories to search, as indices into the flat list: the worst one of a prompt."""
-        wanted = (
-            range(len(rewards))
-            if self.search == "all"
-            else np.flatnonzero(rewards.max(axis=1) > rewards.min(axis=1)).tolist()
-        )
-        return [g * self.num_generations + int(rewards[g].argmin()) for g in wanted]
+        if self.search == "mixed":
+            return search_mixed(rewards)
+        return [g * self.num_generations + int(worst) for g, worst in enumerate(rewards.argmin(axis=1))]
 
     def _find(
         self,

@@ -23,6 +23,7 @@ from gpo_fast.critical import CriticalStepFinder
 from gpo_fast.data import is_conversation
 from gpo_fast.integrations.trl_head import install_fused_head
 from gpo_fast.integrations.trl_rewards import LocalRewards
+from gpo_fast.procedure import search_mixed
 from gpo_fast.rollout import RolloutEngine
 from gpo_fast.rollout.types import Completion, Request, RolloutBackend, SamplingParams
 from gpo_fast.steps import StepSplitter
@@ -192,16 +193,15 @@ class GPOTrainer(GRPOTrainer):
         """
         width, resets = self.num_generations, self.args.num_resets
         scores = self._score(rows, range(len(rows))).reshape(-1, width)
-        mixed = np.flatnonzero(scores.max(axis=1) > scores.min(axis=1))[: self.args.max_searches]
-        chosen = [int(g) * width + int(scores[g].argmin()) for g in mixed]
+        chosen = search_mixed(scores)[: self.args.max_searches]
         drawn = self._from_critical_steps([rows[i] for i in chosen], chosen, scores, seeds) if chosen else []
-        for n, group in enumerate(mixed.tolist()):
+        for n, group in enumerate(i // width for i in chosen):
             end = (group + 1) * width
             for row, completion in zip(range(end - resets, end), drawn[n * resets : (n + 1) * resets]):
                 rows[row], kept[row] = completion
             self._groups.append(_Group(group * width, resets, scores[group].tolist()))
         metrics = self._metrics["train"]
-        metrics["gpo/searched_groups"].append(len(mixed) / max(1, len(scores)))
+        metrics["gpo/searched_groups"].append(len(chosen) / max(1, len(scores)))
 
     def _from_critical_steps(
         self, trajectories: list[Completion], chosen: list[int], scores: np.ndarray, seeds: np.ndarray

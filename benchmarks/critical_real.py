@@ -7,9 +7,9 @@ Uniform, racing, bisection, the proposals alone, and a random step (Satori's way
 A uniform search draws the continuations of each state from streams keyed by (seed, branch), so the first N of a
 larger search are what a search with N would have drawn: uniform rows are prefixes of the largest N, drawn once.
 
-"check" says why uniform misses: for its misses the values are estimated again with many fresh continuations. The
-first wrong line need not be the largest fall (a model may repair it, or have little hope before it), and where it is
-not, a search that names another step is right.
+The first wrong line need not be the largest fall: a weak model may have no hope before it, or reach the right answer
+after it by another mistake. So "check" estimates all values again with many fresh continuations and reports the fall
+at the step that each method names, which needs no arithmetic, and how often another step falls further for sure.
 
 Each method runs on a chunk of the trajectories at a time, and what is finished is kept in the folder of --warm: the
 script can be cut off and started again. After a change of the search, remove `searches.jsonl` there.
@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from common import Progress, Table, finish, parser
@@ -46,7 +47,7 @@ SPLITTER = StepSplitter("newline", min_tokens=1)
 GROUP, MAX_TOKENS = 8, 64
 CHUNK = 24  # trajectories that are searched at a time
 LARGEST_N, SMALLER_N = 12, (2, 4, 8)
-CHECK_N = 96  # fresh continuations of each state: standard errors of at most 0.05
+CHECK_N, CHECK_SEED = 32, 10_000
 SEARCHES: dict[str, dict[str, Any]] = {
     f"uniform N={LARGEST_N}": {"n_samples": LARGEST_N},
     "racing N=4": {"n_samples": 4, "estimator": "racing"},
@@ -93,7 +94,7 @@ def main() -> None:
     arguments = parse()
     transformers.utils.logging.disable_progress_bar()
     count = CHUNK * (1 if arguments.quick else arguments.chunks)
-    model, tokenizer = warmed(arguments.warm)
+    model, tokenizer = warmed(arguments.warm, arguments.solve_rate, arguments.warmup_steps)
     engine = RolloutEngine(model, tokenizer, max_batch_size=128)
     progress = Progress(None if arguments.warm is None else arguments.warm / "searches.jsonl")
     failing, accuracy = failing_trajectories(engine, count, progress)
@@ -108,7 +109,8 @@ def main() -> None:
     tables = [hit_table(methods, failing, accuracy)]
     data: dict[str, Any] = {"accuracy": accuracy, "hits": hit_rows(methods, failing)}
     if largest in methods and "check" in wanted:
-        table, data["check"] = check(engine, progress, failing, methods[largest][0])
+        fresh, _ = pieces(progress, f"check N={CHECK_N}", failing, partial(search_afresh, engine))
+        table, data["check"] = check_table(methods, failing, fresh)
         tables.append(table)
     finish(arguments, tables, data)
 
@@ -116,6 +118,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     result = parser(__doc__ or "")
     result.add_argument("--warm", type=Path, help="folder of the warmed-up model and of the finished searches")
+    result.add_argument("--solve-rate", type=float, default=FULL.solve_rate, help="at which the warm-up ends, ...")
+    result.add_argument("--warmup-steps", type=int, default=FULL.warmup_steps, help="... or after so many steps")
     result.add_argument("--chunks", type=int, default=4, help=f"{CHUNK} trajectories each")
     result.add_argument(
         "--only", nargs="*", choices=[*SEARCHES, *PROPOSALS, "check"], metavar="METHOD", help="run these only"
@@ -123,7 +127,7 @@ def parse() -> argparse.Namespace:
     return result.parse_args()
 
 
-def warmed(folder: Path | None) -> tuple[Any, Any]:
+def warmed(folder: Path | None, solve_rate: float, max_steps: int) -> tuple[Any, Any]:
     """The demo's model after its warm-up, from `folder` if it is there."""
     if folder is not None and (folder / "config.json").is_file():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=fast_dtype(), local_files_only=True)
@@ -132,9 +136,9 @@ def warmed(folder: Path | None) -> tuple[Any, Any]:
     warm_up(
         model,
         tokenizer,
-        solve_rate=FULL.solve_rate,
-        max_steps=FULL.warmup_steps,
-        on_step=lambda step, loss: print(f"warm-up {step}/{FULL.warmup_steps} loss {loss:.3f}", flush=True),
+        solve_rate=solve_rate,
+        max_steps=max_steps,
+        on_step=lambda step, loss: print(f"warm-up {step}/{max_steps} loss {loss:.3f}", flush=True),
     )
     if folder is not None:
         model.save_pretrained(folder)
@@ -215,7 +219,9 @@ def pieces(progress: Progress, name: str, failing: list[Failing], method: Method
     return [Found(*found) for results, _ in done for found in results], sum(seconds for _, seconds in done)
 
 
-def search(engine: RolloutEngine, failing: list[Failing], seed: int, **options: Any) -> list[Found]:
+def search(
+    engine: RolloutEngine, failing: list[Failing], seed: int, *, root_known: bool = True, **options: Any
+) -> list[Found]:
     """A search of all of them at once."""
 
     def outcome(completions: Sequence[Completion]) -> list[float]:
@@ -225,7 +231,9 @@ def search(engine: RolloutEngine, failing: list[Failing], seed: int, **options: 
     finder = CriticalStepFinder(engine, outcome, SPLITTER, criterion="min", sampling=sampling, seed=seed, **options)
     engine.update_weights()  # nothing of an earlier search is in the cache
     found = finder.find(
-        [f.completion for f in failing], rewards=[0.0] * len(failing), root_values=[f.group for f in failing]
+        [f.completion for f in failing],
+        rewards=[0.0] * len(failing),
+        root_values=[f.group if root_known else None for f in failing],
     )
     return [
         Found(
@@ -240,12 +248,17 @@ def search(engine: RolloutEngine, failing: list[Failing], seed: int, **options: 
     ]
 
 
+def search_afresh(engine: RolloutEngine, failing: list[Failing], start: int) -> list[Found]:
+    """A uniform search with CHECK_N continuations that no other search has drawn."""
+    return search(engine, failing, CHECK_SEED + start, root_known=False, n_samples=CHECK_N)
+
+
 def prefix(found: Found, n: int) -> Found:
     """What a uniform search with a smaller N finds: the first n continuations of each state."""
     rewards = [drawn[:n] for drawn in found.rewards]
     values = [statistics.mean(drawn) if drawn else known for drawn, known in zip(rewards, found.values)]
     values.append(found.values[-1])
-    falls = [before - after for before, after in zip(values, values[1:])]
+    falls = falls_of(values)
     lengths = [drawn[:n] for drawn in found.lengths]
     return Found(falls.index(max(falls)), values, rewards, lengths, sum(map(sum, lengths)), math.nan)
 
@@ -284,37 +297,45 @@ def hit_table(methods: Methods, failing: list[Failing], accuracy: float) -> Tabl
     return table
 
 
-def check(
-    engine: RolloutEngine, progress: Progress, failing: list[Failing], uniform: list[Found]
-) -> tuple[Table, list[dict[str, Any]]]:
-    """Why uniform missed: each miss with its values by CHECK_N fresh continuations of every state but the first."""
+def falls_of(values: Sequence[float]) -> list[float]:
+    """How far the value falls at each step."""
+    return [before - after for before, after in zip(values, values[1:])]
+
+
+def check_table(methods: Methods, failing: list[Failing], fresh: list[Found]) -> tuple[Table, dict[str, Any]]:
+    """The fall in value at the step that each method names, by continuations that no method has seen.
+
+    The means are unbiased; only "largest fall" chooses by the values that it reports and is somewhat too high.
+    """
+    falls = [falls_of(found.values) for found in fresh]
+    named: dict[str, list[int]] = {"first wrong line": [f.mistake for f in failing]}
+    named |= {name: [found.step for found in results] for name, (results, _) in methods.items()}
+    there = {name: [fall[step] for fall, step in zip(falls, steps)] for name, steps in named.items()}
+    there["random step"] = [statistics.mean(fall) for fall in falls]
+    there["largest fall"] = [max(fall) for fall in falls]
     table = Table(
-        f"Misses of uniform N={LARGEST_N}, their values by {CHECK_N} fresh continuations",
-        ("trajectory", "steps", "wrong line", "its fall", "chosen", "its fall", "standard error"),
+        f"Fall in value at the step named, by {CHECK_N} fresh continuations of each state",
+        ("method", "mean fall", "standard error"),
     )
-    rows = []
-    for number, (trajectory, found) in enumerate(zip(failing, uniform)):
-        if found.step == trajectory.mistake:
-            continue
-        fresh = partial(search, engine, [trajectory], len(failing) + number, n_samples=CHECK_N)
-        results, _ = progress.piece(f"check N={CHECK_N} of {number}", fresh)
-        values = Found(*results[0]).values
-        falls = [before - after for before, after in zip(values, values[1:])]
-        errors = [math.sqrt(v * (1 - v) / n) for v, n in zip(values, [GROUP, *[CHECK_N] * (len(values) - 2), 1])]
-        error = math.hypot(*errors[trajectory.mistake : trajectory.mistake + 2])
-        row = {
-            "trajectory": number,
-            "steps": len(trajectory.steps),
-            "mistake": trajectory.mistake,
-            "mistake_fall": falls[trajectory.mistake],
-            "chosen": found.step,
-            "chosen_fall": falls[found.step],
-            "standard_error": error,
-            "values": values,
-        }
-        rows.append(row)
-        table.add(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in list(row.values())[:-1]))
-    return table, rows
+    for name, values in there.items():
+        table.add(name, f"{statistics.mean(values):.3f}", f"{statistics.stdev(values) / math.sqrt(len(values)):.3f}")
+    return table, {"values": [found.values for found in fresh], "falls": there, **mistaken(failing, fresh)}
+
+
+def mistaken(failing: list[Failing], fresh: list[Found]) -> dict[str, Any]:
+    """How often the first wrong line is for sure not the critical step, and how low the value before it is."""
+    before = [found.values[f.mistake] for f, found in zip(failing, fresh)]
+    another = sum(falls_further(found.values, f.mistake) for f, found in zip(failing, fresh))
+    return {"another_step_falls_further": another, "value_before_below_0.1": sum(value < 0.1 for value in before)}
+
+
+def falls_further(values: Sequence[float], step: int) -> bool:
+    """Whether the value falls further at another step, by more than two standard errors of the difference."""
+    shares = [(v * CHECK_N + 1) / (CHECK_N + 2) for v in values[:-1]]  # never 0 or 1, which would have no spread
+    variances = np.array([*(p * (1 - p) / CHECK_N for p in shares), 0.0])
+    fall = -np.diff(np.eye(len(values)), axis=0)  # row i: the weights of the values in the fall at step i
+    weights = fall - fall[step]
+    return bool((weights @ np.array(values) > 2 * np.sqrt(weights**2 @ variances) + 1e-9).any())
 
 
 if __name__ == "__main__":

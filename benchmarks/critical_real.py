@@ -109,8 +109,9 @@ def main() -> None:
     tables = [hit_table(methods, failing, accuracy)]
     data: dict[str, Any] = {"accuracy": accuracy, "hits": hit_rows(methods, failing)}
     if largest in methods and "check" in wanted:
-        fresh, _ = pieces(progress, f"check N={CHECK_N}", failing, partial(search_afresh, engine))
-        table, data["check"] = check_table(methods, failing, fresh)
+        checked = failing[: CHUNK * arguments.check_chunks]
+        fresh, _ = pieces(progress, f"check N={CHECK_N}", checked, partial(search_afresh, engine))
+        table, data["check"] = check_table(methods, checked, fresh)
         tables.append(table)
     finish(arguments, tables, data)
 
@@ -121,6 +122,7 @@ def parse() -> argparse.Namespace:
     result.add_argument("--solve-rate", type=float, default=FULL.solve_rate, help="at which the warm-up ends, ...")
     result.add_argument("--warmup-steps", type=int, default=FULL.warmup_steps, help="... or after so many steps")
     result.add_argument("--chunks", type=int, default=4, help=f"{CHUNK} trajectories each")
+    result.add_argument("--check-chunks", type=int, default=4, help="of the chunks above, how many are checked")
     result.add_argument(
         "--only", nargs="*", choices=[*SEARCHES, *PROPOSALS, "check"], metavar="METHOD", help="run these only"
     )
@@ -314,7 +316,7 @@ def check_table(methods: Methods, failing: list[Failing], fresh: list[Found]) ->
     there["random step"] = [statistics.mean(fall) for fall in falls]
     there["largest fall"] = [max(fall) for fall in falls]
     table = Table(
-        f"Fall in value at the step named, by {CHECK_N} fresh continuations of each state",
+        f"Fall in value at the step named, {len(failing)} trajectories, by {CHECK_N} fresh continuations of each state",
         ("method", "mean fall", "standard error"),
     )
     for name, values in there.items():
@@ -326,7 +328,11 @@ def mistaken(failing: list[Failing], fresh: list[Found]) -> dict[str, Any]:
     """How often the first wrong line is for sure not the critical step, and how low the value before it is."""
     before = [found.values[f.mistake] for f, found in zip(failing, fresh)]
     another = sum(falls_further(found.values, f.mistake) for f, found in zip(failing, fresh))
-    return {"another_step_falls_further": another, "value_before_below_0.1": sum(value < 0.1 for value in before)}
+    return {
+        "trajectories": len(failing),
+        "another_step_falls_further": another,
+        "value_before_below_0.1": sum(value < 0.1 for value in before),
+    }
 
 
 def falls_further(values: Sequence[float], step: int) -> bool:

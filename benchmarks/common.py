@@ -155,7 +155,8 @@ def finish(arguments: argparse.Namespace, tables: Sequence[Table], data: dict[st
     described = machine()
     print(f"{described['cpu']}, {described['cores']} cores, load {described['load']:.1f}, commit {described['commit']}")
     if arguments.json:
-        options = {name: str(value) for name, value in vars(arguments).items()}
+        # Of a path only the name: folders tell nothing about the numbers.
+        options = {n: value.name if isinstance(value, Path) else str(value) for n, value in vars(arguments).items()}
         plain = {
             "machine": described,
             "arguments": options,

@@ -82,8 +82,9 @@ class GPOConfig(TrainingArguments):
     epsilon_high: float | None = _option(None, "Upper clip range; epsilon if not set.")
     scale_rewards: bool = _option(
         None,
-        "Divide a group's advantages by its standard deviation, a critic's by that of all tokens; if not set, all "
-        f"losses but {' and '.join(UNSCALED)} do. rloo's baseline leaves the completion itself out.",
+        "Divide a group's advantages by its standard deviation, and those of a critic by their root mean square "
+        "over all tokens (the value head's are centred first); if not set, all losses but "
+        f"{' and '.join(UNSCALED)} do. rloo's baseline leaves the completion itself out.",
     )
     awr_beta: float = _option(1.0, "Temperature of awr: a token weighs exp(advantage / awr_beta).")
     critic: str = _option(

@@ -57,16 +57,21 @@ def monte_carlo_advantages(critical: CriticalStep, gamma: float, gae_lambda: flo
     return np.repeat(advantages, lengths).tolist()
 
 
-def scale_advantages(rows: Sequence[TrainingRow]) -> None:
-    """Divides a critic's advantages by their standard deviation over all tokens of the rows.
+def scale_advantages(rows: Sequence[TrainingRow], *, centre: bool) -> None:
+    """Divides a critic's advantages by their root mean square over all tokens of the rows.
 
-    They are not shifted: a token with the advantage 0 stays one from which nothing is to be learned.
+    Args:
+        centre: subtract their mean first, as is usual with a learned critic, whose values lag behind. Measured ones
+            do not, and a token with the advantage 0 stays one from which nothing is to be learned.
     """
-    per_row = [row.advantage_of_tokens for row in rows]
-    flat = np.concatenate([np.zeros(0), *map(np.asarray, per_row)])
-    spread = float(flat.std()) + 1e-8 if len(flat) else 1.0
+    per_row = [np.asarray(row.advantage_of_tokens, dtype=np.float64) for row in rows]
+    flat = np.concatenate([np.zeros(0), *per_row])
+    if not len(flat):
+        return
+    shift = float(flat.mean()) if centre else 0.0
+    size = float(np.sqrt(np.square(flat - shift).mean())) + 1e-8
     for row, advantages in zip(rows, per_row):
-        row.token_advantages = [a / spread for a in advantages]
+        row.token_advantages = ((advantages - shift) / size).tolist()
 
 
 class ValueHead(nn.Module):

@@ -232,7 +232,7 @@ class GuidedSampler:
             return preference_rows(groups, config.max_pairs)
         rows = [row for group in groups for row in group]
         if config.critic == "monte_carlo" and config.scale_rewards:
-            scale_advantages(rows)
+            scale_advantages(rows, centre=False)
         return rows
 
     def _choose_searched(self, base: BaseRollouts, rows: Sequence[TrainingRow]) -> list[_Searched]:

@@ -406,7 +406,7 @@ class GPOTrainer(Trainer):
                 set_advantages(row, own.tolist(), self.args.gamma, self.args.gae_lambda)
         explained = explained_variance(rows)
         if self.args.scale_rewards:
-            scale_advantages(rows)
+            scale_advantages(rows, centre=True)
         return {"explained_variance": explained}
 
     def _measured_kl(self, rows: Sequence[TrainingRow], logprobs: dict[int, torch.Tensor]) -> float:

@@ -138,7 +138,7 @@ class GuidedSampler:
         """`num_generations` completions of each example, and their rewards."""
         prompts = [encode_prompt(e["prompt"], self.engine.tokenizer, self.max_length) for e in examples]
         requests = [
-            Request(ids, self.config.num_generations, self._sampling(len(ids)), seed=seed)
+            Request(ids, self.config.num_generations, self._sampling(len(ids)), seed=seed, keep=self.config.use_gpo)
             for ids, seed in zip(prompts, seeds)
         ]
         with timer("rollout"):
@@ -318,6 +318,7 @@ class GuidedSampler:
                     self.config.num_resets,
                     self.config.sampling_params(max_tokens=room),
                     seed=seeds[len(examples)] + n,
+                    trace=s.completion.trace,
                 )
             )
         drawn = self.engine.generate(requests)

@@ -37,7 +37,7 @@ class Size(NamedTuple):
     problems: int  # held-out ones
 
 
-FULL, QUICK = Size(0.25, 42, 240.0, 384), Size(0.05, 16, 35.0, 128)
+FULL, QUICK = Size(0.25, 42, 240.0, 384), Size(0.05, 14, 30.0, 96)
 
 
 class TimeLimit(TrainerCallback):

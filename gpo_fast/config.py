@@ -152,7 +152,7 @@ class GPOConfig(TrainingArguments):
                 "by max_tokens_per_microbatch, and a larger batch is a larger per_device_train_batch_size"
             )
         filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-        if self.steps_per_generation > 1 and filtered:
+        if self.steps_per_generation > 1 and filtered and not self.learns_from_pairs:
             raise ValueError("steps_per_generation above 1 needs unfiltered sampling (top_k=0, top_p=1, min_p=0)")
         if self.replay_size > 0 and filtered:
             raise ValueError("replay_size above 0 needs unfiltered sampling (top_k=0, top_p=1, min_p=0)")
@@ -183,9 +183,9 @@ class GPOConfig(TrainingArguments):
                 "replay_size above 0 replays single rollouts from critical steps: it needs use_gpo=True "
                 f"and a loss other than {', '.join(PREFERENCE_LOSSES)}"
             )
-        for name, low, high in (("gamma", 0.0, 1.0), ("gae_lambda", 0.0, 1.0)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         for name in ("beta", "vf_coef", "dynamic_sampling_rounds", "soft_punish_cache", "replay_size", "replay_ratio"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -349,7 +349,7 @@ def test_what_the_loss_decides(tmp_path: Path) -> None:
         ({"critic": "monte_carlo", "use_gpo": False}, "set use_gpo=True"),
         ({"replay_size": 8, "loss_type": "kto"}, "replay_size above 0"),
         ({"replay_size": 8, "top_p": 0.9}, "unfiltered sampling"),
-        ({"gae_lambda": 1.5}, "gae_lambda must be from 0.0 to 1.0, got 1.5"),
+        ({"gae_lambda": 1.5}, "gae_lambda must be from 0 to 1, got 1.5"),
         ({"beta": 0.0, "loss_type": "dpo"}, "beta of dpo must be above 0"),
         ({"soft_punish_cache": 13}, "at most max_completion_length=12, got 13"),
         ({"max_pairs": 0}, "max_pairs must be above 0"),

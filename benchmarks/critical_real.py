@@ -108,6 +108,9 @@ def main() -> None:
         methods = smaller | methods
     tables = [hit_table(methods, failing, accuracy)]
     data: dict[str, Any] = {"accuracy": accuracy, "hits": hit_rows(methods, failing)}
+    if largest in methods:
+        data["mistakes"] = mistakes(failing, methods[largest][0])
+        print(data["mistakes"])
     if largest in methods and "check" in wanted:
         checked = failing[: CHUNK * arguments.check_chunks]
         fresh, _ = pieces(progress, f"check N={CHECK_N}", checked, partial(search_afresh, engine))
@@ -297,6 +300,25 @@ def hit_table(methods: Methods, failing: list[Failing], accuracy: float) -> Tabl
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         table.add(row["method"], f"{rate['accuracy']:.1%}", interval, f"{row['tokens']:,}", seconds)
     return table
+
+
+def mistakes(failing: list[Failing], uniform: list[Found]) -> dict[str, Any]:
+    """Where the largest uniform search misses: by the value before the first wrong line, and by success after it.
+
+    The values are the search's own, so this describes and does not test: see "check" for fresh ones.
+    """
+    groups: dict[str, list[bool]] = {"at most 0.1": [], "0.1 to 0.3": [], "above 0.3": []}
+    recovered = []
+    for trajectory, found in zip(failing, uniform):
+        before, after = found.values[trajectory.mistake : trajectory.mistake + 2]
+        name = "at most 0.1" if before <= 0.1 else "0.1 to 0.3" if before <= 0.3 else "above 0.3"
+        groups[name].append(found.step == trajectory.mistake)
+        if trajectory.mistake + 1 < len(trajectory.steps):
+            recovered.append(after > 0)
+    return {
+        "hits_by_value_before": {name: [sum(hits), len(hits)] for name, hits in groups.items()},
+        "success_seen_after_mistake": [sum(recovered), len(recovered)],
+    }
 
 
 def falls_of(values: Sequence[float]) -> list[float]:

@@ -9,9 +9,10 @@ import importlib.util
 from importlib import metadata, resources
 from pathlib import Path
 
-import gpo_fast
 import gpo_fast._C
 import gpo_fast.kernels
+
+import gpo_fast
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

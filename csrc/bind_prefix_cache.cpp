@@ -21,7 +21,9 @@ class Integers {
   public:
     Integers(const py::handle& value, const char* name) {
         if (PyLong_Check(value.ptr())) {
-            const int64_t number = value.cast<int64_t>();
+            int overflow = 0;
+            const int64_t number = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+            if (overflow != 0) throw py::value_error(std::string(name) + " must fit an int64");
             single_ = narrow(number, name);
             values_ = {&single_, 1, true};
             return;

@@ -125,7 +125,8 @@ void bind_decoder(py::module_& module) {
 
 void bind_rollout(py::module_& module) {
     module.def("cpu_kernels", [] { return kernels().name; }, "The instruction set of the CPU kernels in use.");
-    module.def("use_cpu_kernels", &use_kernels, py::arg("name"), "Chooses 'avx512', 'avx2' or 'portable' kernels.");
+    module.def("use_cpu_kernels", &use_kernels, py::arg("name").none(false),
+               "Chooses 'avx512', 'avx2' or 'portable' kernels.");
     bind_attention(module);
     bind_decoder(module);
     module.def(

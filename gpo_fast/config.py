@@ -351,7 +351,8 @@ def _check_types(values: Any) -> None:
     for known in dataclasses.fields(values):
         value = getattr(values, known.name)
         if value is not known.default and not _fits(value, hints[known.name]):
-            right = getattr(hints[known.name], "__name__", None) or str(hints[known.name]).replace("typing.", "")
+            hint = hints[known.name]
+            right = str(hint).replace("typing.", "") if typing.get_args(hint) else getattr(hint, "__name__", hint)
             raise ValueError(f"{known.name} must be of the type {right}, got {value!r:.200}")
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{known.name} must be a number, got {value}")

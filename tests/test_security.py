@@ -147,7 +147,7 @@ def test_a_run_cannot_make_the_report_read_outside_of_its_folder(tmp_path: Path)
 
 
 def test_a_run_writes_in_its_folder_only(tmp_path: Path) -> None:
-    run = trainer(tmp_path / "run", max_steps=2, run_name="../../outside", logging_dir=str(tmp_path / "run" / "log"))
+    run = trainer(tmp_path / "run", max_steps=2, run_name="../../outside")
     run.train()
     write_report(tmp_path / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]

@@ -101,7 +101,7 @@ def test_prompts_without_completions_are_sampled_first(saved_model: Path, tmp_pa
     assert found
     assert all(f["reward"] == 0 and f["num_rollouts"] <= 4 * len(f["steps"]) for f in found)
     mixed = lines(tmp_path / "mixed.jsonl", [{"prompt": "1", "completion": "2"}, {"prompt": "1"}])
-    with pytest.raises(ValueError, match="row 1 and row 0 must have the same columns.*'completion'"):
+    with pytest.raises(ValueError, match=r"row 1 and row 0 must have the same columns.*'completion'"):
         RUNNER.invoke(cli.app, ["critical", "--dataset", str(mixed), *options[2:]], catch_exceptions=False)
 
 

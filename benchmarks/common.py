@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, timing with spread, the machine's description, a table and JSON."""
+"""What the benchmarks share: arguments, timing with spread, resuming, the machine's description, a table and JSON."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from gpo_fast.run_files import read_records
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "gpo-fast")
 
@@ -61,6 +63,34 @@ def interleave(
             if after is not None:
                 after()
     return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+class Progress:
+    """The finished pieces of a long benchmark, a line of JSON each: one that was cut off goes on where it stood.
+
+    Args:
+        path: the file of the pieces; None keeps them in memory only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._pieces = {piece["name"]: piece for piece in ([] if path is None else read_records(path))}
+
+    def has(self, name: str) -> bool:
+        return name in self._pieces
+
+    def piece(self, name: str, compute: Callable[[], Any]) -> tuple[Any, float]:
+        """A piece's result as JSON gives it back, and the seconds that it took; computed if it is not there."""
+        if name not in self._pieces:
+            began = time.perf_counter()
+            result = compute()
+            line = json.dumps({"name": name, "seconds": time.perf_counter() - began, "result": result})
+            if self.path is not None:
+                with self.path.open("a") as file:
+                    file.write(line + "\n")
+            self._pieces[name] = json.loads(line)
+            print(f"{name}: {self._pieces[name]['seconds']:.1f} s", flush=True)
+        return self._pieces[name]["result"], self._pieces[name]["seconds"]
 
 
 def human(seconds: float) -> str:
@@ -125,7 +155,8 @@ def finish(arguments: argparse.Namespace, tables: Sequence[Table], data: dict[st
     described = machine()
     print(f"{described['cpu']}, {described['cores']} cores, load {described['load']:.1f}, commit {described['commit']}")
     if arguments.json:
-        options = {name: str(value) for name, value in vars(arguments).items()}
+        # Of a path only the name: folders tell nothing about the numbers.
+        options = {n: value.name if isinstance(value, Path) else str(value) for n, value in vars(arguments).items()}
         plain = {
             "machine": described,
             "arguments": options,

@@ -18,6 +18,7 @@ from gpo_fast.config import GPOConfig
 from gpo_fast.critical import CriticalStep
 from gpo_fast.experience import TrainingRow
 from gpo_fast.losses import LossOutput
+from gpo_fast.ranks import Ranks
 from gpo_fast.training_batch import TrainingBatch
 
 
@@ -57,8 +58,8 @@ def monte_carlo_advantages(critical: CriticalStep, gamma: float, gae_lambda: flo
     return np.repeat(advantages, lengths).tolist()
 
 
-def scale_advantages(rows: Sequence[TrainingRow], *, centre: bool) -> None:
-    """Divides a critic's advantages by their root mean square over all tokens of the rows.
+def scale_advantages(rows: Sequence[TrainingRow], ranks: Ranks, *, centre: bool) -> None:
+    """Divides a critic's advantages by their root mean square over all tokens of all processes' rows.
 
     Args:
         centre: subtract their mean first, as is usual with a learned critic, whose values lag behind. Measured ones
@@ -66,10 +67,10 @@ def scale_advantages(rows: Sequence[TrainingRow], *, centre: bool) -> None:
     """
     per_row = [np.asarray(row.advantage_of_tokens, dtype=np.float64) for row in rows]
     flat = np.concatenate([np.zeros(0), *per_row])
-    if not len(flat):
-        return
-    shift = float(flat.mean()) if centre else 0.0
-    size = float(np.sqrt(np.square(flat - shift).mean())) + 1e-8
+    count, total = ranks.sum([float(len(flat)), float(flat.sum())])
+    shift = total / count if centre and count else 0.0
+    squares = ranks.sum([float(np.square(flat - shift).sum())])[0]
+    size = float(np.sqrt(squares / max(1.0, count))) + 1e-8
     for row, advantages in zip(rows, per_row):
         row.token_advantages = ((advantages - shift) / size).tolist()
 
@@ -89,7 +90,7 @@ class ValueHead(nn.Module):
             return self.linear(hidden.float())[:, 0]
 
     def with_loss(
-        self, output: LossOutput, batch: TrainingBatch, hidden: Tensor, args: GPOConfig, num_tokens: int
+        self, output: LossOutput, batch: TrainingBatch, hidden: Tensor, args: GPOConfig, num_tokens: float
     ) -> LossOutput:
         """A policy loss with `vf_coef` times the mean value loss over `num_tokens` tokens added to it."""
         values = self(hidden)[batch.row_of_token]

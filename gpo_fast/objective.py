@@ -14,12 +14,12 @@ from gpo_fast.training_batch import TrainingBatch
 
 
 class Totals(NamedTuple):
-    """What all rows of an optimiser step have together: the normalisers of the losses."""
+    """What all rows of an optimiser step, of all processes, have together: the normalisers of the losses."""
 
-    sequences: int
-    tokens: int
-    desirable: int
-    desirable_tokens: int
+    sequences: float
+    tokens: float
+    desirable: float
+    desirable_tokens: float
 
     @classmethod
     def of(cls, rows: Sequence[TrainingRow]) -> Totals:

@@ -25,6 +25,7 @@ from gpo_fast.dynamic_sampling import BaseRollouts, resample
 from gpo_fast.experience import Experience, TrainingRow
 from gpo_fast.forest import TokenForest
 from gpo_fast.pairs import preference_rows
+from gpo_fast.ranks import ALONE, Ranks
 from gpo_fast.rewards import RewardFunctions, overlong_punishment
 from gpo_fast.rollout.types import Completion, Request
 
@@ -76,12 +77,14 @@ class GuidedSampler:
         config: GPOConfig,
         max_length: int,
         on_phase: PhaseCallback | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.engine = engine
         self.rewards = rewards
         self.config = config
         self.max_length = max_length
         self.on_phase = on_phase
+        self.ranks = ranks
         self.splitter = config.splitter()
 
     def collect(self, examples: Sequence[Example], seed: int, pool: Any = None) -> Experience:
@@ -125,12 +128,12 @@ class GuidedSampler:
             forest,
         )
 
-    def score_once(self, examples: Sequence[Example], temperature: float, seed: int = 0) -> np.ndarray:
-        """Rewards of one completion of each example's prompt, shape (n,). The same seed draws the same."""
+    def score_once(self, examples: Sequence[Example], temperature: float, seeds: Sequence[int]) -> np.ndarray:
+        """Rewards of one completion of each example's prompt, shape (n,). The same seeds draw the same."""
         prompts = [encode_prompt(e["prompt"], self.engine.tokenizer, self.max_length) for e in examples]
         requests = [
-            Request(ids, 1, replace(self._sampling(len(ids)), temperature=temperature), seed=seed + i)
-            for i, ids in enumerate(prompts)
+            Request(ids, 1, replace(self._sampling(len(ids)), temperature=temperature), seed=seed)
+            for ids, seed in zip(prompts, seeds)
         ]
         return self._outcomes(self.engine.generate(requests), range(len(examples)), examples)
 
@@ -232,7 +235,7 @@ class GuidedSampler:
             return preference_rows(groups, config.max_pairs)
         rows = [row for group in groups for row in group]
         if config.critic == "monte_carlo" and config.scale_rewards:
-            scale_advantages(rows, centre=False)
+            scale_advantages(rows, self.ranks, centre=False)
         return rows
 
     def _choose_searched(self, base: BaseRollouts, rows: Sequence[TrainingRow]) -> list[_Searched]:

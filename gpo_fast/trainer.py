@@ -34,6 +34,7 @@ from gpo_fast.losses.linear_logprob import HeadInputs
 from gpo_fast.losses.shared_rows import token_logprobs
 from gpo_fast.objective import Totals, policy_objective, preference_objective
 from gpo_fast.procedure import GuidedSampler
+from gpo_fast.ranks import Ranks, merge_pending
 from gpo_fast.replay import ReplayBuffer, plant
 from gpo_fast.rewards import RewardFunctions
 from gpo_fast.rollout import RolloutEngine
@@ -116,8 +117,6 @@ class GPOTrainer(Trainer):
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
         self.run_files = RunFiles(args.output_dir or "gpo-run")
-        if args.world_size > 1:
-            raise ValueError(f"GPOTrainer runs on one process so far, got a world of {args.world_size}")
         if isinstance(model, str):
             path = model
             model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
@@ -145,6 +144,12 @@ class GPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "GPOTrainer holds the whole model on every process: start it with `accelerate launch` in its "
+                "multi-GPU or multi-CPU mode, without FSDP and DeepSpeed"
+            )
+        self.ranks = Ranks(args.process_index, args.world_size, args.device)
         self.engine = RolloutEngine(
             self.model,
             processing_class,
@@ -153,7 +158,7 @@ class GPOTrainer(Trainer):
             seed=args.seed,
         )
         self.rewards = RewardFunctions(reward_funcs, weights=args.reward_weights)
-        self.sampler = GuidedSampler(self.engine, self.rewards, args, self.engine.max_length, on_phase)
+        self.sampler = GuidedSampler(self.engine, self.rewards, args, self.engine.max_length, on_phase, self.ranks)
         self.on_phase = on_phase or (lambda phase: None)
         self.run_description = run_description or {}
         self.value_head: ValueHead | None = None
@@ -169,7 +174,9 @@ class GPOTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         length = len(train_dataset if train_dataset is not None else self.train_dataset)
-        return RepeatSampler(length, self._train_batch_size, self.args.steps_per_generation, self.args.seed)
+        # accelerate deals batches to the processes in turn: a repetition has to begin with the first process again.
+        batch_size = self._train_batch_size * self.ranks.count
+        return RepeatSampler(length, batch_size, self.args.steps_per_generation, self.args.seed)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One optimiser step's forward and backward; `inputs` is a list of examples."""
@@ -179,7 +186,8 @@ class GPOTrainer(Trainer):
         experience: Experience | None = None
         if not self._pending:
             self.engine.update_weights()
-            experience = self._collect(inputs, self.args.seed * 1_000_003 + step)
+            seed = (self.args.seed * 1_000_003 + step) * self.ranks.count + self.ranks.index
+            experience = self._collect(inputs, seed)
             self._pending = self._minibatches(experience.rows)
         self.on_phase("train")
         train_start = time.perf_counter()
@@ -187,6 +195,7 @@ class GPOTrainer(Trainer):
         train_seconds = time.perf_counter() - train_start
         if experience is not None:
             metrics |= experience.metrics
+        metrics = self.ranks.merge_metrics(metrics)
         phases = {k.split("/")[1]: metrics.pop(k) for k in list(metrics) if k.startswith("seconds/")}
         phases["train"] = train_seconds
         total = time.perf_counter() - start
@@ -200,8 +209,9 @@ class GPOTrainer(Trainer):
             **metrics,
             "seconds": phases,
         }
-        self.run_files.metrics(record)
-        if experience is not None:
+        if self.is_world_process_zero():
+            self.run_files.metrics(record)
+        if experience is not None and self.is_world_process_zero():
             self.run_files.trajectories([{"step": step + 1, **t} for t in experience.trajectories])
         self._last_metrics = metrics
         return loss
@@ -233,7 +243,12 @@ class GPOTrainer(Trainer):
     def sample_rewards(self, examples: Sequence[dict[str, Any]], seed: int = 0) -> torch.Tensor:
         """Rewards of one completion for each example with the present weights. float64, shape (n,)."""
         self.engine.update_weights()
-        return torch.from_numpy(self.sampler.score_once(examples, self.args.temperature, seed))
+        places = self.ranks.share(range(len(examples)))
+        mine = self.sampler.score_once([examples[i] for i in places], self.args.temperature, [seed + i for i in places])
+        rewards = torch.empty(len(examples), dtype=torch.float64)
+        for rank, part in enumerate(self.ranks.gather(torch.from_numpy(mine))):
+            rewards[rank :: self.ranks.count] = part
+        return rewards
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         if isinstance(resume_from_checkpoint, str | Path):
@@ -241,8 +256,12 @@ class GPOTrainer(Trainer):
             if not mark.is_file():
                 raise ValueError(f"{resume_from_checkpoint} is not a whole checkpoint: it has no {COMPLETE_MARK}")
             state = json.loads(mark.read_text(encoding="utf-8"))
-            self._pending = [[TrainingRow(**row) for row in batch] for batch in state["pending"]]
-            self._forest = TokenForest.from_structure(state.get("forest", []))
+            # Of another number of processes, each takes over what it can get of theirs.
+            mine = merge_pending(self.ranks.share(state["ranks"]))
+            longest = max(len(s["pending"]) for s in state["ranks"])
+            mine["pending"] += [[] for _ in range(longest - len(mine["pending"]))]
+            self._pending = [[TrainingRow(**row) for row in batch] for batch in mine["pending"]]
+            self._forest = TokenForest.from_structure(mine["forest"])
             self._load_algorithm(Path(resume_from_checkpoint), state)
             resume_from_checkpoint = str(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -250,20 +269,24 @@ class GPOTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        # Written last: a checkpoint without it was cut off and is never resumed from.
         pending = [[asdict(row) for row in batch] for batch in self._pending]
-        forest = self._forest.structure() if pending else []
-        state: dict[str, Any] = {"version": gpo_fast.__version__, "pending": pending, "forest": forest}
-        if self.replay is not None:
-            state["replay"] = self.replay.state()
+        own = {
+            "pending": pending,
+            "forest": self._forest.structure() if pending else [],
+            "replay": [] if self.replay is None else self.replay.state(),
+        }
+        ranks = self.ranks.gather(own)  # comes back when every process has written its files
+        if not self.is_world_process_zero():
+            return
         if self.value_head is not None:
             save_file(self.value_head.state_dict(), folder / VALUE_HEAD_FILE)
-        write_atomically(folder / COMPLETE_MARK, json.dumps(state))
+        # Written last: a checkpoint without it was cut off and is never resumed from.
+        write_atomically(folder / COMPLETE_MARK, json.dumps({"version": gpo_fast.__version__, "ranks": ranks}))
 
     def _load_algorithm(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """What the value head and the replay buffer were at a checkpoint."""
         if self.replay is not None:
-            self.replay.load(state.get("replay", []))
+            self.replay.load([row for rank in self.ranks.share(state["ranks"]) for row in rank["replay"]])
         if self.value_head is not None:
             path = checkpoint / VALUE_HEAD_FILE
             if not path.is_file():
@@ -310,13 +333,22 @@ class GPOTrainer(Trainer):
         # A row without advantage has no gradient unless it is held to the reference or has a value to learn.
         every = args.learns_from_pairs or args.beta > 0 or args.loss_type == "awr" or self.value_head is not None
         useful = [r for r in rows if r.token_ids and (every or r.has_advantage)]
+        totals = Totals(*self.ranks.sum(Totals.of(rows)))
+        batches = self._batches(useful)
+        references = self._references(batches)
+        reference_kl = self._kto_baseline(batches, references) if args.loss_type == "kto" else 0.0
         check = self._self_checks_left > 0 and bool(useful)
         if check:
             self._self_checks_left -= 1
-            expected = self._padded_gradients(model, rows, useful)
-        total, metrics, logprobs = self._backward(rows, self._batches(useful))
+            expected = self._padded_gradients(model, useful, totals, reference_kl)
+        total, metrics, logprobs = self._backward(batches, references, totals, reference_kl)
         if check:
             compare_gradients(model, total, *expected, tolerance=gradient_tolerance(model, self.args.bf16))
+        value_parameters = [] if self.value_head is None else [*self.value_head.parameters()]
+        self.ranks.add_gradients([*model.parameters(), *value_parameters])
+        if value_parameters and args.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(value_parameters, args.max_grad_norm)
+        total = total.new_tensor(self.ranks.sum([float(total)])[0])
         metrics["trained_rows"] = float(len(useful))
         if not args.uses_reference and self._is_peft and useful:
             few = useful[:: max(1, len(useful) // KL_ROWS)][:KL_ROWS]
@@ -330,14 +362,19 @@ class GPOTrainer(Trainer):
         return tree_batches(rows, self._forest, budget, device)
 
     def _backward(
-        self, rows: Sequence[TrainingRow], batches: Sequence[TrainingBatch]
+        self,
+        batches: Sequence[TrainingBatch],
+        references: Sequence[torch.Tensor],
+        totals: Totals,
+        reference_kl: float,
     ) -> tuple[torch.Tensor, dict[str, float], dict[int, torch.Tensor]]:
-        """Adds to the gradients; gives the loss, means of metrics, and each row's logprobs by its id."""
-        args, totals = self.args, Totals.of(rows)
+        """Adds to the gradients; gives the loss, means of metrics, and each row's logprobs by its id.
+
+        Loss and gradients are this process's part of those of all: `totals` and `reference_kl` are everyone's.
+        """
+        args = self.args
         if self.value_head is not None:
             self.value_head.zero_grad()
-        references = [self._logprobs(b, reference=True) for b in batches if args.uses_reference]
-        reference_kl = self._kto_baseline(batches, references) if args.loss_type == "kto" else 0.0
         total = torch.zeros((), device=args.device)
         sums: dict[str, float] = {}
         weights = 0.0
@@ -363,9 +400,11 @@ class GPOTrainer(Trainer):
         metrics = {name: value / weights for name, value in sums.items()}
         if batches:
             metrics["logprob"] = float(torch.cat(list(logprobs.values())).mean())
-        if self.value_head is not None and args.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.value_head.parameters(), args.max_grad_norm)
         return total, metrics, logprobs
+
+    def _references(self, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:
+        """Log-probabilities [T] of each batch under the reference; none where the loss needs none."""
+        return [self._logprobs(b, reference=True) for b in batches if self.args.uses_reference]
 
     @torch.no_grad()
     def _logprobs(self, batch: TrainingBatch, *, reference: bool) -> torch.Tensor:
@@ -392,22 +431,23 @@ class GPOTrainer(Trainer):
         """
         differences = [self._logprobs(b, reference=False) - ref for b, ref in zip(batches, references)]
         total = sum(float(difference.double().sum()) for difference in differences)
-        return max(0.0, total / max(1, sum(len(batch.rows) for batch in batches)))
+        everywhere, count = self.ranks.sum([total, float(sum(len(batch.rows) for batch in batches))])
+        return max(0.0, everywhere / max(1.0, count))
 
     def _estimate_values(self, rows: Sequence[TrainingRow]) -> dict[str, float]:
         """Gives each row the value head's values, advantages and returns."""
         rows = [row for row in rows if row.token_ids]
-        if self.value_head is None or not rows:
+        if self.value_head is None:
             return {}
         for batch in self._batches(rows):
             with torch.no_grad(), self.compute_loss_context_manager(), batch.attention(self.model):
                 values = self.value_head(batch.hidden(self._base_model().get_decoder()))[batch.row_of_token]
             for row, own in zip(batch.rows, values.split(batch.lengths)):
                 set_advantages(row, own.tolist(), self.args.gamma, self.args.gae_lambda)
-        explained = explained_variance(rows)
+        explained = {"explained_variance": explained_variance(rows)} if rows else {}
         if self.args.scale_rewards:
-            scale_advantages(rows, centre=True)
-        return {"explained_variance": explained}
+            scale_advantages(rows, self.ranks, centre=True)
+        return explained
 
     def _measured_kl(self, rows: Sequence[TrainingRow], logprobs: dict[int, torch.Tensor]) -> float:
         """Schulman's k3 estimate of KL(policy || reference) per token, on a few rows."""
@@ -420,10 +460,11 @@ class GPOTrainer(Trainer):
         return float(torch.cat(estimates).mean())
 
     def _padded_gradients(
-        self, model: Any, rows: Sequence[TrainingRow], useful: Sequence[TrainingRow]
+        self, model: Any, useful: Sequence[TrainingRow], totals: Totals, reference_kl: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and gradients of the padded batch; the model's own gradients are left empty."""
-        loss, *_ = self._backward(rows, self._batches(useful, "padded"))
+        batches = self._batches(useful, "padded")
+        loss, *_ = self._backward(batches, self._references(batches), totals, reference_kl)
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad(set_to_none=True)
         return loss, gradients
@@ -447,6 +488,8 @@ class GPOTrainer(Trainer):
         if self._began:
             return
         self._began = True
+        if not self.is_world_process_zero():
+            return
         self.run_files.begin(
             {
                 "title": "gpo-fast run",

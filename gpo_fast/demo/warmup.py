@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gpo_fast.demo.model import fast_dtype
-from gpo_fast.demo.task import solution, solved, training
+from gpo_fast.demo.task import TERMS, solution, solved, training
 from gpo_fast.forest import TokenForest
 from gpo_fast.losses import linear_logprob
 from gpo_fast.packing import pack_forest
@@ -31,6 +31,7 @@ def warm_up(
     *,
     solve_rate: float,
     max_steps: int,
+    terms: tuple[int, int] = TERMS,
     first_check: int = 30,
     check_every: int = 6,
     learning_rate: float = 3e-4,
@@ -40,8 +41,8 @@ def warm_up(
 
     The embedding, which is the head as well, stays frozen. Returns the last solve rate that was measured.
     """
-    rows = training(max_steps * BATCH_SIZE, seed=WARMUP_SEED)
-    problems = training(96, seed=CHECK_SEED)
+    rows = training(max_steps * BATCH_SIZE, WARMUP_SEED, terms)
+    problems = training(96, CHECK_SEED, terms)
     model.get_input_embeddings().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], learning_rate, (0.9, 0.95), weight_decay=0.0, fused=True

@@ -17,6 +17,7 @@ from gpo_fast.config import LOSS_TYPES, PREFERENCE_LOSSES
 from gpo_fast.critic import generalized_advantages, monte_carlo_advantages, scale_advantages, value_loss
 from gpo_fast.critical import CriticalStep
 from gpo_fast.experience import TrainingRow
+from gpo_fast.ranks import ALONE
 from gpo_fast.replay import ReplayBuffer
 from gpo_fast.rewards import overlong_punishment
 from gpo_fast.run_files import last_checkpoint
@@ -362,7 +363,7 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, changes: di
 
 def test_scaling_leaves_a_measured_zero_alone() -> None:
     rows = [row(advantage=0.0), row(advantage=3.0)]
-    scale_advantages(rows, centre=False)
+    scale_advantages(rows, ALONE, centre=False)
     assert rows[0].token_advantages == [0.0, 0.0]
-    scale_advantages(rows, centre=True)
+    scale_advantages(rows, ALONE, centre=True)
     assert sum(a for r in rows for a in r.token_advantages) == pytest.approx(0)

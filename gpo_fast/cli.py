@@ -28,7 +28,7 @@ def main() -> None:
     """Entry point: errors of the user's making are one line, not a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"gpo-fast: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -93,7 +93,7 @@ def critical(
     ],
     reward: Annotated[str, typer.Option(help="Reward function: a known name or `module:function`.")] = "exact_match",
     estimator: Annotated[str, typer.Option(help="uniform (the paper's), racing or bisect.")] = "racing",
-    num_samples: Annotated[int, typer.Option(help="Continuations per step; the budget of racing.")] = 4,
+    num_samples: Annotated[int, typer.Option(min=1, help="Continuations per step; the budget of racing.")] = 4,
     criterion: Annotated[str, typer.Option(help="max, min or abs.")] = "max",
     delta: Annotated[float, typer.Option(help="Racing stops when it errs with at most this probability.")] = 0.1,
     proposal: Annotated[
@@ -104,10 +104,10 @@ def critical(
     min_step_tokens: Annotated[int, typer.Option(help="A shorter step is merged with its neighbour.")] = 4,
     max_steps: Annotated[int, typer.Option(help="A trajectory with more steps is thinned evenly.")] = 64,
     min_steps: Annotated[int, typer.Option(help="A trajectory with fewer steps has its longest ones halved.")] = 1,
-    num_problems: Annotated[int, typer.Option(help="Rows to take at most.")] = 32,
-    num_generations: Annotated[int, typer.Option(help="Completions of a prompt that comes without one.")] = 8,
-    max_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    num_problems: Annotated[int, typer.Option(min=1, help="Rows to take at most.")] = 32,
+    num_generations: Annotated[int, typer.Option(min=1, help="Completions of a prompt that comes without one.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
     html: Annotated[Path | None, typer.Option("--html", help="Also write a report to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")] = False,
@@ -170,11 +170,11 @@ def evaluate(
     reward: Annotated[
         str | None, typer.Option(help="A known reward or `module:function`; default: the benchmark's, or exact_match.")
     ] = None,
-    num_problems: Annotated[int, typer.Option(help="Problems to sample at most.")] = 256,
-    max_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    num_problems: Annotated[int, typer.Option(min=1, help="Problems to sample at most.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    num_samples: Annotated[int, typer.Option(help="Completions for each problem.")] = 1,
+    num_samples: Annotated[int, typer.Option(min=1, help="Completions for each problem.")] = 1,
     k: Annotated[int, typer.Option("--k", help="Report pass@k: the chance that one of k completions is right.")] = 1,
 ) -> None:
     """Accuracy (pass@k) of a model on a benchmark or a data set, with a 95 % interval.

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import numbers
+import types
+import typing
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union
 
 import yaml
 from transformers import TrainingArguments
@@ -15,6 +20,30 @@ from gpo_fast.critical.finder import check_options
 from gpo_fast.rollout.types import SamplingParams
 from gpo_fast.steps import METHODS, StepSplitter
 
+_LOWEST = {
+    "learning_rate": 0,
+    "num_generations": 1,
+    "max_completion_length": 1,
+    "num_samples": 1,
+    "num_resets": 1,
+    "steps_per_generation": 1,
+    "max_tokens_per_microbatch": 1,
+    "max_batch_size": 1,
+    "kv_cache_memory": 1,
+    "max_searches": 0,
+    "search_budget": 0,
+    "self_check_steps": 0,
+    "num_logged_trajectories": 0,
+    "beta": 0,
+    "vf_coef": 0,
+    "dynamic_sampling_rounds": 0,
+    "soft_punish_cache": 0,
+    "replay_size": 0,
+    "replay_ratio": 0,
+    "max_pairs": 1,
+    "epsilon": 0,
+    "epsilon_high": 0,
+}
 PREFERENCE_LOSSES = ("dpo", "kto", "simpo", "orpo")
 LOSS_TYPES = ("grpo", "awr", "ppo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", *PREFERENCE_LOSSES)
 CRITICS = ("group", "value_head", "monte_carlo")
@@ -114,6 +143,7 @@ class GPOConfig(TrainingArguments):
     )
     steps_per_generation: int = _option(1, "Optimiser steps that share one iteration's rollouts.")
     reward_weights: list[float] | None = _option(None, "Weight of each reward function; 1 each if not set.")
+    reward_timeout: float | None = _option(None, "Seconds that a reward function may take for a batch; no limit.")
     packing: str = _option("tree", "Train shared tokens once (tree), or each sequence by itself (padded).")
     self_check_steps: int = _option(0, "Compare tree-packed loss and gradient with the padded ones in so many steps.")
     max_tokens_per_microbatch: int = _option(4096, "Tokens in one forward and backward pass, padding included.")
@@ -122,7 +152,11 @@ class GPOConfig(TrainingArguments):
     num_logged_trajectories: int = _option(4, "Searched trajectories kept per iteration for the report.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _check_types(self)
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{error}. Set were: {_changed_fields(self)}") from error
         self.remove_unused_columns = False
         _one_of("loss_type", self.loss_type, LOSS_TYPES)
         _one_of("criterion", self.criterion, ("max", "min", "abs"))
@@ -135,14 +169,17 @@ class GPOConfig(TrainingArguments):
             _one_of("search", self.search, ("mixed", "all"))
         if self.proposal is not None and not callable(self.proposal):
             _one_of("proposal", self.proposal, ("logprob", "entropy", "gradient"))
-        if self.search_budget is not None and self.search_budget < 0:
-            raise ValueError(f"search_budget must be at least 0, got {self.search_budget}")
         _one_of("packing", self.packing, ("tree", "padded"))
-        if self.self_check_steps < 0:
-            raise ValueError(f"self_check_steps must not be negative, got {self.self_check_steps}")
-        for name in ("num_generations", "num_samples", "num_resets", "steps_per_generation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, low in _LOWEST.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < math.inf:
+                raise ValueError(f"{name} must be at least {low} and finite, got {value}")
+        if self.epsilon >= 1:
+            raise ValueError(f"epsilon must be below 1, got {self.epsilon}")
+        if self.reward_timeout is not None and not self.reward_timeout > 0:
+            raise ValueError(f"reward_timeout must be above 0 seconds, got {self.reward_timeout}")
+        if any(not math.isfinite(w) for w in self.reward_weights or ()):
+            raise ValueError(f"reward_weights must be finite numbers, got {self.reward_weights}")
         check_options(self.num_samples, self.criterion, self.estimator, self.reset, self.reuse, self.delta)
         if self.num_generations < 2:
             raise ValueError("num_generations must be at least 2: advantages compare completions of one prompt")
@@ -156,8 +193,8 @@ class GPOConfig(TrainingArguments):
             raise ValueError("steps_per_generation above 1 needs unfiltered sampling (top_k=0, top_p=1, min_p=0)")
         if self.replay_size > 0 and filtered:
             raise ValueError("replay_size above 0 needs unfiltered sampling (top_k=0, top_p=1, min_p=0)")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0 in training, got {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and above 0 in training, got {self.temperature}")
         self._resolve_algorithm()
         self.sampling_params()  # these two check the rest
         self.splitter()
@@ -186,12 +223,9 @@ class GPOConfig(TrainingArguments):
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
-        for name in ("beta", "vf_coef", "dynamic_sampling_rounds", "soft_punish_cache", "replay_size", "replay_ratio"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("awr_beta", "cliprange_value", "value_head_learning_rate", "max_pairs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("awr_beta", "cliprange_value", "value_head_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
         if self.soft_punish_cache > self.max_completion_length:
             raise ValueError(
                 f"soft_punish_cache must be at most max_completion_length={self.max_completion_length}, got "
@@ -212,6 +246,10 @@ class GPOConfig(TrainingArguments):
     def uses_old_logprobs(self) -> bool:
         """Whether rows may have been sampled by another policy than the one that is trained on them."""
         return self.steps_per_generation > 1 or self.replay_size > 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments into every checkpoint, and checkpoints are shared: no secret may be in them.
+        return {**self.__dict__, "hub_token": None}
 
     def splitter(self) -> StepSplitter:
         """How trajectories are split into steps."""
@@ -250,6 +288,17 @@ class RunSpec:
     lora_alpha: int | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("model", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
+        if not self.rewards:
+            raise ValueError("rewards must name one reward function at least, got none")
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r must be at least 0 (0 trains the whole model), got {self.lora_r}")
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple[RunSpec, GPOConfig]:
     """Reads a YAML file and applies overrides.
@@ -267,6 +316,10 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple[Ru
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of fields to values, got {type(values).__name__}")
     values = {**values, **(overrides or {})}
+    if not all(isinstance(name, str) for name in values):
+        raise ValueError(
+            f"{path}: the names of fields must be text, got {[n for n in values if not isinstance(n, str)]}"
+        )
     spec_fields = {f.name: f for f in dataclasses.fields(RunSpec)}
     config_fields = {f.name: f for f in dataclasses.fields(GPOConfig) if f.init}
     for name in values:
@@ -279,6 +332,8 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple[Ru
             raise ValueError(f"the configuration needs the field {name!r}")
     if isinstance(values["rewards"], str):
         values["rewards"] = [values["rewards"]]
+    for name in config_fields.keys() & values.keys():
+        values[name] = _number_of_text(values[name], typing.get_type_hints(GPOConfig)[name])
     spec = RunSpec(**{k: v for k, v in values.items() if k in spec_fields})
     return spec, GPOConfig(**{k: v for k, v in values.items() if k in config_fields})
 
@@ -288,3 +343,53 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(str(value), known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{hint}")
+
+
+def _check_types(values: Any) -> None:
+    """Raises ValueError naming the first field of a dataclass whose value is not of the field's type, or is NaN."""
+    hints = typing.get_type_hints(type(values))
+    for known in dataclasses.fields(values):
+        value = getattr(values, known.name)
+        if value is not known.default and not _fits(value, hints[known.name]):
+            right = getattr(hints[known.name], "__name__", None) or str(hints[known.name]).replace("typing.", "")
+            raise ValueError(f"{known.name} must be of the type {right}, got {value!r:.200}")
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{known.name} must be a number, got {value}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type. A whole number is a float, too, and text may name an enum's member."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, a) for a in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(v, arguments[0]) for v in value)
+    if hint in (int, float):
+        kind = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool)
+    kind = origin or hint
+    if not isinstance(kind, type) or isinstance(value, kind):
+        return True
+    return issubclass(kind, Enum) and isinstance(value, str)
+
+
+def _number_of_text(value: Any, hint: Any) -> Any:
+    """YAML reads 1e-4 (without a point) as text: where a number is wanted and no text, it becomes one."""
+    wanted = typing.get_args(hint) or (hint,)
+    if isinstance(value, str) and float in wanted and str not in wanted:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _changed_fields(values: Any) -> str:
+    """The fields that do not have their defaults, as `name=value` pairs, without secrets."""
+    known = {f.name: f.default for f in dataclasses.fields(values) if f.init and f.name != "hub_token"}
+    given = {name: getattr(values, name) for name, default in known.items() if getattr(values, name) is not default}
+    return ", ".join(f"{name}={value!r:.200}" for name, value in given.items() if value != known[name])

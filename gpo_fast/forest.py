@@ -63,8 +63,11 @@ class TokenForest:
         `at` counts from the start of the prompt. The new node hangs from the ancestor that holds token `at - 1`.
 
         Raises:
-            ValueError: `at` is not within 1 and the length of the path, or the logprobs do not match the tokens.
+            ValueError: no such node, `at` is not within 1 and the length of its path, or the logprobs do not match the
+                tokens.
         """
+        if not 0 <= node < len(self.nodes):
+            raise ValueError(f"the forest has the nodes 0 to {len(self.nodes) - 1}, got the node {node}")
         if not 1 <= at <= self.nodes[node].end:
             raise ValueError(f"the path of node {node} has {self.nodes[node].end} tokens, cannot branch at {at}")
         if len(logprobs) not in (0, len(token_ids)):

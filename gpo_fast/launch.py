@@ -158,7 +158,12 @@ def evaluate_model(
 
 
 def load_model(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder or a hub id, on the first CUDA device if there is one."""
+    """(model, tokenizer) of a folder or a hub id, on the first CUDA device if there is one.
+
+    Raises:
+        ValueError: code would come with the model, and `trust_remote_code` is off.
+        OSError: no such model.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -181,7 +186,10 @@ def load_rows(name: str, split: str) -> list[dict[str, Any]]:
         rows = read_records(Path(name))
     elif ":" in name:
         module, _, function = name.partition(":")
-        rows = getattr(importlib.import_module(module), function)()
+        make = getattr(importlib.import_module(module), function, None)
+        if not callable(make):
+            raise ValueError(f"the data set {name!r} must be module:function, and {module!r} has no such function")
+        rows = list(make())
     else:
         import datasets
 

@@ -9,7 +9,9 @@ import json
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -30,6 +32,8 @@ class RewardFunctions:
 
     Args:
         allow_silent: a row to which no function applies has the total 0 instead of being an error.
+        timeout: seconds that a function may take for one call; None: no limit. With a limit, functions run in a
+            thread of their own; one that hangs is left behind there.
 
     Raises:
         ValueError: no function, or not one weight for each.
@@ -37,9 +41,15 @@ class RewardFunctions:
     """
 
     def __init__(
-        self, functions: Any, weights: Sequence[float] | np.ndarray | None = None, *, allow_silent: bool = False
+        self,
+        functions: Any,
+        weights: Sequence[float] | np.ndarray | None = None,
+        *,
+        allow_silent: bool = False,
+        timeout: float | None = None,
     ) -> None:
         self.allow_silent = allow_silent
+        self.timeout = timeout
         chosen = list(functions) if isinstance(functions, list | tuple) else [functions]
         if not chosen:
             raise ValueError("at least one reward function is needed")
@@ -58,7 +68,7 @@ class RewardFunctions:
         """Rewards of n completions. `None` means that a function does not apply to a row.
 
         Raises:
-            RuntimeError: a function raised.
+            RuntimeError: a function raised, or took longer than `timeout`.
             ValueError: the wrong number of values, a NaN, or no function that applies to a row.
             TypeError: values that are not numbers.
         """
@@ -76,11 +86,16 @@ class RewardFunctions:
             )
         return RewardResult(np.nansum(scores * self.weights, axis=1), scores)
 
-    @staticmethod
-    def _call(name: str, function: RewardFunction, arguments: dict[str, Any]) -> Any:
+    def _call(self, name: str, function: RewardFunction, arguments: dict[str, Any]) -> Any:
         try:
-            values = function(**arguments)
-            return asyncio.run(_finish(values)) if inspect.isawaitable(values) else values
+            if self.timeout is None:
+                return _values(function, arguments)
+            return _within(self.timeout, lambda: _values(function, arguments))
+        except _TooSlow as error:
+            raise RuntimeError(
+                f"reward function {name!r} has not returned after {self.timeout} seconds: it hangs, or needs a longer "
+                "reward timeout"
+            ) from error
         except Exception as error:
             raise RuntimeError(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
 
@@ -106,6 +121,32 @@ class RewardFunctions:
                     "does not apply"
                 )
         return checked
+
+
+class _TooSlow(Exception):
+    """A call did not return in its time."""
+
+
+def _values(function: RewardFunction, arguments: dict[str, Any]) -> Any:
+    """What a function returns, awaited if it is async."""
+    values = function(**arguments)
+    return asyncio.run(_finish(values)) if inspect.isawaitable(values) else values
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What `call` returns or raises, if it does so in time, from a thread that does not keep the process alive."""
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="reward").start()
+    if not wait([result], seconds).done:
+        raise _TooSlow
+    return result.result()
 
 
 def overlong_punishment(lengths: Sequence[int], max_length: int, cache: int) -> np.ndarray:
@@ -179,7 +220,18 @@ def math(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
         from math_verify import parse, verify
     except ImportError as error:
         raise ImportError("the reward 'math' needs math-verify: pip install 'math-verify[antlr4_13_2]'") from error
-    return [float(verify(parse(str(a)), parse(text_of(c)))) for c, a in zip(completions, answer)]
+    # math-verify limits its time by signals, which only the main thread gets; in another one the caller has a limit.
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    return [
+        float(
+            verify(
+                parse(str(a), parsing_timeout=limit),
+                parse(text_of(c), parsing_timeout=limit),
+                timeout_seconds=limit,
+            )
+        )
+        for c, a in zip(completions, answer)
+    ]
 
 
 def multiple_choice(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:

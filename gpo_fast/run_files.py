@@ -22,7 +22,9 @@ class RunFiles:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{self.folder} is a file: give a folder for the run")
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "run.json").is_file():
+        # A run that was killed while it wrote its first file has left only that file's temporary form.
+        begun = self.folder.is_dir() and {p.name for p in self.folder.iterdir()} - {temporary_name("run.json")}
+        if begun and not (self.folder / "run.json").is_file():
             raise FileExistsError(
                 f"{self.folder} is not empty and not a run (it has no run.json): give a new or an empty folder"
             )
@@ -75,12 +77,37 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """A reader sees the old file or the whole new one, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(temporary_name(path.name))
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def temporary_name(name: str) -> str:
+    """What `write_atomically` calls a file until it is whole."""
+    return name + ".tmp"
+
+
+def mark_complete(checkpoint: Path, state: str) -> None:
+    """Declares a checkpoint whole, once all of its files have reached the disk."""
+    for path in checkpoint.rglob("*"):
+        _sync(path)
+    write_atomically(checkpoint / COMPLETE_MARK, state)
+    _sync(checkpoint.parent)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    if os.name == "nt":  # Windows opens no folder and syncs no file that was opened for reading
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

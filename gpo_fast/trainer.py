@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -20,9 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 
 import gpo_fast
 from gpo_fast.config import GPOConfig
@@ -38,7 +42,7 @@ from gpo_fast.ranks import Ranks, merge_pending
 from gpo_fast.replay import ReplayBuffer, plant
 from gpo_fast.rewards import RewardFunctions
 from gpo_fast.rollout import RolloutEngine
-from gpo_fast.run_files import COMPLETE_MARK, RunFiles, write_atomically
+from gpo_fast.run_files import COMPLETE_MARK, RunFiles, last_checkpoint, mark_complete
 from gpo_fast.self_check import compare_gradients, gradient_tolerance
 from gpo_fast.training_batch import TrainingBatch, padded_batches, tree_batches
 
@@ -157,7 +161,7 @@ class GPOTrainer(Trainer):
             max_batch_size=args.max_batch_size,
             seed=args.seed,
         )
-        self.rewards = RewardFunctions(reward_funcs, weights=args.reward_weights)
+        self.rewards = RewardFunctions(reward_funcs, weights=args.reward_weights, timeout=args.reward_timeout)
         self.sampler = GuidedSampler(self.engine, self.rewards, args, self.engine.max_length, on_phase, self.ranks)
         self.on_phase = on_phase or (lambda phase: None)
         self.run_description = run_description or {}
@@ -182,7 +186,6 @@ class GPOTrainer(Trainer):
         """One optimiser step's forward and backward; `inputs` is a list of examples."""
         start = time.perf_counter()
         step = self.state.global_step
-        self._begin_run(step)
         experience: Experience | None = None
         if not self._pending:
             self.engine.update_weights()
@@ -191,7 +194,14 @@ class GPOTrainer(Trainer):
             self._pending = self._minibatches(experience.rows)
         self.on_phase("train")
         train_start = time.perf_counter()
-        loss, metrics = self._update(model, self._pending.pop(0))
+        try:
+            loss, metrics = self._update(model, self._pending.pop(0))
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"the update of {self.args.max_tokens_per_microbatch} tokens at a time does not fit this device: lower "
+                f"max_tokens_per_microbatch, give the rollout engine less memory (kv_cache_memory), or set "
+                f"gradient_checkpointing. {error}"
+            ) from error
         train_seconds = time.perf_counter() - train_start
         if experience is not None:
             metrics |= experience.metrics
@@ -251,6 +261,11 @@ class GPOTrainer(Trainer):
         return rewards
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        step = 0
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.run_files.folder)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.run_files.folder} holds no whole checkpoint to go on from")
         if isinstance(resume_from_checkpoint, str | Path):
             mark = Path(resume_from_checkpoint) / COMPLETE_MARK
             if not mark.is_file():
@@ -263,12 +278,43 @@ class GPOTrainer(Trainer):
             self._pending = [[TrainingRow(**row) for row in batch] for batch in mine["pending"]]
             self._forest = TokenForest.from_structure(mine["forest"])
             self._load_algorithm(Path(resume_from_checkpoint), state)
+            step = json.loads((mark.parent / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
             resume_from_checkpoint = str(resume_from_checkpoint)
+        self._begin_run(step)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer looks whether a run is done after a step only: one that goes on from its end would make one too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        # Old checkpoints are dropped below, when the new one is whole; until then they are what a run goes on from.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if self.is_world_process_zero():  # of a run that went on from an earlier checkpoint
+                (folder / COMPLETE_MARK).unlink(missing_ok=True)
+            super()._save_checkpoint(model, trial)
+            self._complete_checkpoint(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.is_world_process_zero():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(_failed_checkpoint(folder, error)) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.is_world_process_zero():
+            rotate_checkpoints(
+                output_dir=str(folder.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _complete_checkpoint(self, folder: Path) -> None:
+        """Writes what Trainer does not, and declares the checkpoint whole when every process has written its files."""
         pending = [[asdict(row) for row in batch] for batch in self._pending]
         own = {
             "pending": pending,
@@ -280,8 +326,7 @@ class GPOTrainer(Trainer):
             return
         if self.value_head is not None:
             save_file(self.value_head.state_dict(), folder / VALUE_HEAD_FILE)
-        # Written last: a checkpoint without it was cut off and is never resumed from.
-        write_atomically(folder / COMPLETE_MARK, json.dumps({"version": gpo_fast.__version__, "ranks": ranks}))
+        mark_complete(folder, json.dumps({"version": gpo_fast.__version__, "ranks": ranks}))
 
     def _load_algorithm(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """What the value head and the replay buffer were at a checkpoint."""
@@ -507,6 +552,16 @@ class GPOTrainer(Trainer):
             },
             step,
         )
+
+
+def _failed_checkpoint(folder: Path, error: Exception) -> str:
+    """Why a checkpoint is not there, and what the run can go on from."""
+    free = shutil.disk_usage(folder.parent).free
+    whole = last_checkpoint(folder.parent)
+    return (
+        f"{folder} could not be written ({free / 2**20:.1f} MiB are free there): {error}. Make room and start the run "
+        f"again: it goes on from {whole if whole is not None else 'its beginning, as it has no checkpoint yet'}"
+    )
 
 
 def _own_fields() -> set[str]:

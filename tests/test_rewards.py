@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -45,7 +48,11 @@ def test_rewards_by_name() -> None:
 def test_math_sees_equal_values() -> None:
     pytest.importorskip("math_verify")
     given = ["so $\\boxed{\\frac{1}{2}}$", "it is $0.5$", "it is $0.25$"]
-    assert get_reward("math")(completions=given, answer=["$\\frac{1}{2}$"] * 3) == [1.0, 1.0, 0.0]
+    answers = ["$\\frac{1}{2}$"] * 3
+    assert get_reward("math")(completions=given, answer=answers) == [1.0, 1.0, 0.0]
+    # With a time limit it runs in a thread, where math-verify's own limit cannot work.
+    limited = RewardFunctions("math", timeout=60.0)
+    assert limited(["p"] * 3, given, [[1]] * 3, {"answer": answers}).total.tolist() == [1.0, 1.0, 0.0]
 
 
 def test_formats() -> None:
@@ -99,25 +106,101 @@ def test_hostile_programs_fail_in_time(program: str) -> None:
     assert time.monotonic() - start < 15
 
 
-def test_nothing_is_left_behind(tmp_path: Path) -> None:
-    """A child that outlives its program is killed with it, and the program's folder is gone."""
-    beat = tmp_path / "beat"
-    child = f"import time\nwhile True:\n    open({str(beat)!r}, 'a').write('x'); time.sleep(0.02)"
+def processes_with(mark: str) -> list[str]:
+    """The processes of this machine whose command line holds a mark."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            if mark.encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("rounds", [1, 6])
+def test_nothing_is_left_behind(rounds: int) -> None:
+    """Children that outlive their program are killed with it (64 of them fork one another), its folder is gone."""
+    mark = secrets.token_hex(8)
+    child = "import time; time.sleep(60)"
     source = (
-        "import os, subprocess, sys, time\nprint(os.getcwd())\n"
-        f"subprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(0.5)"
+        "import os, subprocess, sys, time\nprint(os.getcwd(), flush=True)\n"
+        f"for _ in range({rounds}):\n"
+        "    try: os.fork()\n"
+        "    except OSError: pass\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}, {mark!r}])\ntime.sleep(60)"
     )
-    result = run_program(source, seconds=5.0)
-    assert not Path(result.output.strip()).exists()
-    size = beat.stat().st_size if beat.exists() else 0
-    time.sleep(0.3)
-    assert (beat.stat().st_size if beat.exists() else 0) == size
+    result = run_program(source, seconds=2.0, processes=256)
+    assert result.reason == "timeout"
+    assert not Path(result.output.split()[0]).exists()
+    deadline = time.monotonic() + 10
+    while processes_with(mark) and time.monotonic() < deadline:  # they are dead, but the kernel is still clearing up
+        time.sleep(0.05)
+    assert processes_with(mark) == []
+
+
+# Each prints "out" where it got out of its confinement.
+ESCAPES = {
+    "write": "open({target!r}, 'w').write('out')",
+    "delete": "import os; os.remove({secret!r}); print('out')",
+    "symlink": "import os; os.symlink({target!r}, 'link'); open('link', 'w').write('out')",
+    "hard link": "import os; os.link({secret!r}, 'link'); open('link', 'a').write('out')",
+    "mode": "import os; os.chmod({secret!r}, 0o777); print('out')",
+    "environment": (
+        "import pathlib\nfor p in pathlib.Path('/proc').glob('[0-9]*/environ'):\n"
+        "    try:\n        if b'hunter2' in p.read_bytes(): print('out')\n    except OSError: pass"
+    ),
+    "signal": "import os; os.kill({pid}, 0); print('out')",
+    "unmount proc": (
+        "import ctypes, os\nif ctypes.CDLL(None).umount2(b'/proc', 2) == 0 and os.path.exists('/proc/{pid}'):\n"
+        "    print('out')"
+    ),
+    "remount": (
+        "import ctypes\nif ctypes.CDLL(None).mount(None, b'/', None, 32 | 4096, None) == 0:\n"
+        "    open({target!r}, 'w').write('out')"
+    ),
+    "another namespace": (
+        "import subprocess\nsubprocess.run(['unshare', '--user', '--map-root-user', '--mount', 'sh', '-c', "
+        "'umount -l /proc; mount -o remount,bind,rw /; echo out > {target}'])"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_programs_do_not_get_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    if not confinement().own_files:
+        pytest.skip("this system does not permit mount namespaces: programs have this user's files here")
+    secret, target = tmp_path / "secret", tmp_path / "target"
+    secret.write_text("hunter2")
+    # A process of this user with a secret in its environment; it is not a child of the program's.
+    sleeper = subprocess.Popen(["sleep", "60"], env={"SECRET_TOKEN": "hunter2", "PATH": os.defpath})
+    try:
+        result = run_program(ESCAPES[name].format(target=str(target), secret=str(secret), pid=sleeper.pid))
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert "out" not in result.output
+    assert not target.exists()
+    assert secret.read_text() == "hunter2"
+    assert secret.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_program_cannot_fill_the_disk() -> None:
+    if not confinement().own_files:
+        pytest.skip("this system does not permit mount namespaces: only the size of a file is limited")
+    source = (
+        "written = 0\ntry:\n    for i in range(4096):\n        with open(f'file{i}', 'wb') as file:\n"
+        "            written += file.write(bytes(1 << 20))\nexcept OSError as error: print(written, error)"
+    )
+    result = run_program(source)
+    written, _, error = result.output.partition(" ")
+    assert int(written) <= 8 << 20
+    assert "No space left" in error
 
 
 def test_programs_see_no_secrets_of_the_environment_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     assert "hunter2" not in run_program("import os; print(dict(os.environ))").output
-    if not confinement():
+    if not confinement().command:
         pytest.skip("this system does not permit user namespaces: programs keep the network here")
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]

@@ -106,7 +106,8 @@ def linear_logprob(
         derivatives raise.
 
     Raises:
-        ValueError: for shapes, dtypes, targets or options that do not fit; the message names the value.
+        ValueError: for shapes, dtypes, devices, targets or options that do not fit; the message names the value.
+        TypeError: for something that is no tensor.
     """
     logprobs, entropy = logprobs_and_entropy(
         hidden,
@@ -129,6 +130,7 @@ def logprobs_and_entropy(
     entropy_needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """`linear_logprob` where the entropy need not carry a gradient, which costs a frozen head 2TVH FLOPs."""
+    _check_tensors(hidden=hidden, weight=head.weight, targets=targets)
     hidden, weight, bias = _autocast(hidden, head.weight, head.bias)
     _check(hidden, weight, bias, targets, head, row_offsets)
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -179,6 +181,15 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if len({value.device for value in tensors.values()}) > 1:
+        found = ", ".join(f"{name} is on {value.device}" for name, value in tensors.items())
+        raise ValueError(f"{', '.join(tensors)} must be on one device, but {found}")
 
 
 def _check(

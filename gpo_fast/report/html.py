@@ -23,6 +23,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: no such folder, or it holds no run.
+        ValueError: the run says to compare with something outside of its folder.
     """
     run = Path(run)
     if not (run / "run.json").is_file():
@@ -78,7 +79,10 @@ def _comparison(run: Path, description: dict[str, Any]) -> tuple[str, list[dict[
     other = description.get("compare")
     if not other:
         return None
-    return other["label"], [r for r in read_records(run / other["metrics"]) if "eval" not in r]
+    metrics = (run / other["metrics"]).resolve()
+    if not metrics.is_relative_to(run.resolve()):
+        raise ValueError(f"{run / 'run.json'} compares with {other['metrics']!r}, which is not in the run's folder")
+    return other["label"], [r for r in read_records(metrics) if "eval" not in r]
 
 
 def _charts(steps: list[dict[str, Any]], other: tuple[str, list[dict[str, Any]]] | None) -> list[dict[str, Any]]:

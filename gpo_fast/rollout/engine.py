@@ -64,6 +64,8 @@ class RolloutEngine:
         share_prefixes: bool = True,
         fast_forward: bool = True,
     ) -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
         if max_batch_size < 1 or max_prefill_tokens < 1:
             raise ValueError(
                 f"max_batch_size and max_prefill_tokens must be at least 1, got {max_batch_size} and "
@@ -103,6 +105,7 @@ class RolloutEngine:
         self.pool = KVPool(
             config.num_hidden_layers, self.num_blocks, block_size, kv_heads, head_dim, dtype, weight.device
         )
+        self._vocabulary = self._base.get_input_embeddings().weight.shape[0]
         self._packed = self._pack(fast_forward)
         self._packed_epoch = 0
         self._epoch = 0
@@ -184,6 +187,12 @@ class RolloutEngine:
     def check_fits(self, number: int, request: Request) -> None:
         """Raises ValueError unless request `number` fits the model's context and the KV memory."""
         length, new = len(request.token_ids), request.sampling.max_tokens
+        low, high = np.min(request.token_ids), np.max(request.token_ids)
+        if low < 0 or high >= self._vocabulary:
+            raise ValueError(
+                f"request {number} has the token {low if low < 0 else high}, but the model's tokens are 0 to "
+                f"{self._vocabulary - 1}: its tokenizer is not the model's"
+            )
         if length + new > self.max_length:
             raise ValueError(
                 f"request {number} needs {length} prompt tokens + {new} new ones, but the "

@@ -19,6 +19,7 @@ import logging
 import math
 import random
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -252,8 +253,14 @@ class OpenAIBackend:
         if self._stopping.is_set():
             raise _Stopped("another completion failed")
         request = urllib.request.Request(self.url, json.dumps(body).encode(), self._headers)
+        deadline = time.monotonic() + self.timeout
+        parts = []
         with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            return json.loads(answer.read())
+            while part := answer.read1(1 << 16):
+                parts.append(part)
+                if time.monotonic() > deadline:  # the socket's own limit is for each part alone
+                    raise TimeoutError(f"the answer was not complete after {self.timeout} seconds")
+        return json.loads(b"".join(parts))
 
     def _completion(
         self, answer: dict[str, Any], sampling: SamplingParams, prompt: list[int], number: int, branch: int

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal, Protocol
+
+import numpy as np
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -28,13 +32,26 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.temperature >= 0, "temperature", self.temperature, "at least 0 (0 is greedy)")
+        for name in ("temperature", "top_p", "min_p"):
+            _require_number(name, getattr(self, name), Real)
+        for name in ("top_k", "max_tokens"):
+            _require_number(name, getattr(self, name), Integral)
+        _require(
+            0 <= self.temperature < math.inf, "temperature", self.temperature, "at least 0 (0 is greedy) and finite"
+        )
         _require(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 is off)")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         if isinstance(self.stop, str):
             raise TypeError(f"stop must be a tuple of strings, got the string {self.stop!r}")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop must hold strings that are not empty, got {text!r}")
+        if not isinstance(self.stop_token_ids, Sequence):
+            raise TypeError(f"stop_token_ids must be a tuple of token ids, got {self.stop_token_ids!r}")
+        for token in self.stop_token_ids:
+            _require_number("a token of stop_token_ids", token, Integral)
 
 
 @dataclass(frozen=True)
@@ -56,9 +73,17 @@ class Request:
     trace: int | None = None
 
     def __post_init__(self) -> None:
+        _require_number("n", self.n, Integral)
         _require(self.n >= 1, "n", self.n, "at least 1")
+        if self.seed is not None:
+            _require_number("seed", self.seed, Integral)
+        if isinstance(self.token_ids, str) or not hasattr(self.token_ids, "__len__"):
+            raise TypeError(f"token_ids must be a list or array of token ids, got {self.token_ids!r:.80}")
         if len(self.token_ids) == 0:
             raise ValueError("a request needs at least one token: token_ids is empty")
+        ids = np.asarray(self.token_ids)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise TypeError(f"token_ids must be whole numbers in one dimension, got {self.token_ids!r:.80}")
 
 
 @dataclass
@@ -95,3 +120,10 @@ class RolloutBackend(Protocol):
 def _require(condition: bool, name: str, value: object, right: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {right}, got {value!r}")
+
+
+def _require_number(name: str, value: object, kind: type) -> None:
+    """Raises TypeError unless a value is of the kind `Real` or `Integral`; True and False are no numbers."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        right = "a whole number" if kind is Integral else "a number"
+        raise TypeError(f"{name} must be {right}, got {value!r}")

@@ -1,0 +1,210 @@
+"""What comes from outside cannot run code, get out of its folder or carry secrets away."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny
+from packaging.requirements import Requirement
+from packaging.version import Version
+from test_trainer import config, trainer
+
+import gpo_fast
+from gpo_fast import Request
+from gpo_fast.config import RunSpec
+from gpo_fast.launch import load_model
+from gpo_fast.report import write_report
+from gpo_fast.rollout.openai_backend import OpenAIBackend, ServerError
+from gpo_fast.run_files import RunFiles, last_checkpoint
+
+PACKAGE = Path(gpo_fast.__file__).parent
+ROOT = PACKAGE.parent
+
+# -- loading ------------------------------------------------------------------------------------------------------
+
+# Functions that run code found in what they read, and where the package may call one of them.
+UNSAFE = {"pickle.load", "pickle.loads", "torch.load", "yaml.load", "yaml.unsafe_load", "joblib.load", "eval", "exec"}
+
+
+def called(tree: ast.AST) -> set[str]:
+    """Dotted names of the functions that a module calls."""
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+def test_the_package_loads_nothing_that_can_run_code() -> None:
+    modules = [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    assert len(modules) > 50
+    for module in modules:
+        tree = ast.parse(module.read_text(encoding="utf-8"))
+        imports = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        assert not called(tree) & UNSAFE, module
+        assert not imports & {"pickle", "marshal", "shelve", "dill", "joblib"}, module
+
+
+def test_a_model_of_pickles_is_refused_and_code_of_models_is_off(tmp_path: Path) -> None:
+    assert RunSpec("m", "d", ["exact_match"]).trust_remote_code is False
+    ran = tmp_path / "ran"
+    model = tmp_path / "model"
+    tiny.model().save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
+    text = (model / "config.json").read_text()
+    foreign = '{"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}, '
+    (model / "config.json").write_text(text.replace("{", foreign, 1).replace('"llama"', '"own"'))
+    (model / "own.py").write_text(f"open({str(ran)!r}, 'w').write('ran')\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_model(str(model))
+    assert not ran.exists()
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    trainer(tmp_path / "run", max_steps=2).train()
+    checkpoint = last_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        assert (checkpoint / name).exists()
+    (checkpoint / "training_args.bin").write_bytes(pickle.dumps(Evil()))
+    trainer(tmp_path / "run", max_steps=3).train(resume_from_checkpoint=True)
+    assert not (tmp_path / "ran").exists(), "the pickle of the arguments is never read"
+    newest = last_checkpoint(tmp_path / "run")
+    assert newest is not None
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        kept = (newest / name).read_bytes()
+        (newest / name).write_bytes(pickle.dumps(Evil()))
+        with pytest.raises(Exception, match=r"weights_only|Weights only"):
+            trainer(tmp_path / "run", max_steps=4).train(resume_from_checkpoint=str(newest))
+        assert not (tmp_path / "ran").exists()
+        (newest / name).write_bytes(kept)
+
+
+# -- the report ---------------------------------------------------------------------------------------------------
+
+MARK = "document.documentElement.setAttribute('data-ran', '1')"
+ATTACKS = (
+    f"<script>{MARK}</script>",
+    f'<img src=x onerror="{MARK}">',
+    f'"><svg onload="{MARK}">',
+    f"</pre></style><script>{MARK}</script>",
+    f"' onmouseover='{MARK}' autofocus onfocus='{MARK}",
+    f'<iframe srcdoc="<script>parent.{MARK}</script>"></iframe>',
+    f'<a href="javascript:{MARK}" id=a></a><form action="javascript:{MARK}"><input autofocus onfocus="{MARK}">',
+    f"{{{{ ''.__class__ }}}}<details open ontoggle=\"{MARK}\">",
+    f'<meta http-equiv="refresh" content="0;url=javascript:{MARK}"><base href="javascript:{MARK}//">',
+)
+
+
+def shown(browser: str, page: Path, profile: Path) -> str:
+    """The page's document after its scripts have run."""
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
+    options = [f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
+    return subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_no_text_of_a_model_runs_in_a_browser(tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    evil = "\n".join(ATTACKS)
+    files = RunFiles(tmp_path / "run")
+    files.begin(
+        dict.fromkeys(("title", "model", "algorithm", "device"), evil) | {"notes": [evil], "config": {evil: evil}}, 0
+    )
+    step = {"text": evil, "num_tokens": 3, "value": 0.5, "standard_error": 0.1, "advantage": -0.5}
+    record = {"step": 1, "prompt": evil, "reward": 0.0, "steps": [step], "critical": 0, "reset": "before"}
+    record |= {"criterion": evil, "num_rollouts": 4, "num_tokens": 9, "answer": evil}
+    files.trajectories([{**record, "branches": [{"text": evil, "reward": 1.0, "kind": evil}]}])
+    naive = tmp_path / "naive.html"
+    naive.write_text(f"<!doctype html><body>{evil}</body>")
+    assert 'data-ran="1"' in shown(browser, naive, tmp_path / "profile"), "the attacks work where nothing is escaped"
+    report = shown(browser, write_report(tmp_path / "run"), tmp_path / "profile")
+    assert "data-ran" not in report.replace("setAttribute('data-ran'", "")
+    assert report.count("&lt;script&gt;") >= 8, "what the model wrote is shown as text"
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_cannot_make_the_report_read_outside_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret.jsonl").write_text('{"reward": 0.5, "step": 1}\n')
+    for path in ("../secret.jsonl", str(tmp_path / "secret.jsonl"), "link.jsonl"):
+        files = RunFiles(tmp_path / "run")
+        files.begin({"title": "x", "compare": {"label": "y", "metrics": path}}, 0)
+        if not (tmp_path / "run" / "link.jsonl").is_symlink():
+            (tmp_path / "run" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+        with pytest.raises(ValueError, match="not in the run's folder"):
+            write_report(tmp_path / "run")
+
+
+def test_a_run_writes_in_its_folder_only(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run", max_steps=2, run_name="../../outside", logging_dir=str(tmp_path / "run" / "log"))
+    run.train()
+    write_report(tmp_path / "run")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+# -- secrets ------------------------------------------------------------------------------------------------------
+
+
+def test_no_secret_is_in_the_files_of_a_run(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run", max_steps=2, hub_token="hf_hunter2")
+    assert run.args.hub_token == "hf_hunter2"
+    run.train()
+    run.save_model(str(tmp_path / "run" / "model"))
+    run.create_model_card()
+    write_report(tmp_path / "run")
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert any(p.name == "training_args.bin" for p in files)
+    assert any(p.name == "README.md" for p in files)
+    for path in files:
+        assert b"hunter2" not in path.read_bytes(), path
+
+
+def test_no_secret_is_in_errors_and_logs(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    remote = OpenAIBackend(
+        "http://127.0.0.1:1/v1", "m", tiny.tokenizer(), api_key="hunter2", max_retries=1, backoff=0.01
+    )
+    with caplog.at_level(logging.DEBUG), pytest.raises(ServerError) as caught:
+        remote.generate([Request([3])])
+    assert "hunter2" not in f"{caught.value!r} {caught.value.__cause__!r} {caplog.text}"
+    assert caplog.text
+    with pytest.raises(ValueError, match="optim") as refused:
+        config(tmp_path, hub_token="hunter2", optim="adamm")
+    assert "hunter2" not in str(refused.value)
+
+
+# -- dependencies -------------------------------------------------------------------------------------------------
+
+# Vulnerabilities that matter to how this package uses its dependencies, with the first version that has none of them.
+FIXED = {
+    "torch": ("2.6.0", "CVE-2025-32434: torch.load(weights_only=True) could run code"),
+    "transformers": ("4.53.0", "CVE-2025-6921 and others: regular expressions that take for ever"),
+    "jinja2": ("3.1.6", "CVE-2025-27516 and others: templates that leave the sandbox; xmlattr injection"),
+    "pyyaml": ("5.4", "CVE-2020-14343: yaml could run code"),
+    "ray": ("2.52.0", "CVE-2025-62593: a web page could run code through the dashboard"),
+}
+
+
+def test_lower_bounds_exclude_known_vulnerabilities() -> None:
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert all(re.search(r">=|==", r) for r in project["dependencies"])
+    wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    seen = set()
+    for requirement in map(Requirement, wanted):
+        name = requirement.name.lower()
+        lowest = [Version(s.version) for s in requirement.specifier if s.operator in (">=", "==")]
+        if name in FIXED:
+            seen.add(name)
+            assert max(lowest) >= Version(FIXED[name][0]), f"{requirement} lets in {FIXED[name][1]}"
+    assert seen == set(FIXED)

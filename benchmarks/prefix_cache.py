@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from common import Table, Timing, finish, human, interleave, parser
-from prefix_cache_peers import CACHES, RolloutCache
+from gpo_fast.bench.common import Table, Timing, finish, human, interleave, parser
+from gpo_fast.bench.prefix_cache_peers import CACHES, RolloutCache
 
 from gpo_fast import PrefixCache
 

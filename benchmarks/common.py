@@ -26,9 +26,14 @@ PACKAGES = ("torch", "transformers", "triton", "numpy", "trl", "vllm", "flash-at
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with what every benchmark takes."""
     result = argparse.ArgumentParser(description=description)
-    result.add_argument("--quick", action="store_true", help="a small size, to see that the script runs")
-    result.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
+    add_common(result)
     return result
+
+
+def add_common(arguments: argparse.ArgumentParser) -> None:
+    """What every benchmark takes, or each of its subcommands."""
+    arguments.add_argument("--quick", action="store_true", help="a small size, to see that the script runs")
+    arguments.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
 
 
 @dataclass
@@ -153,6 +158,16 @@ class Table:
         for row in self.rows:
             table.add_row(*row)
         Console(width=140).print(table)
+
+
+class ReadmeRow(NamedTuple):
+    """A row of the README's table of measured numbers."""
+
+    what: str
+    command: str
+    result: str
+    goal: str = ""  # empty: there is none
+    missed: bool = False
 
 
 def floors(device: str = "cpu") -> dict[str, float]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpo_fast.bench.common import Interval, Table, mean_interval
+from gpo_fast.bench.common import Interval, ReadmeRow, Table, mean_interval
 from gpo_fast.bench.loop_tasks import Task
 
 Record = dict[str, Any]  # as loop_gain.run gives it
-BASE = "grpo"
+BASE, CONTROL = "grpo", "random"
+GOAL = 0.5  # share of the base's time in which its final accuracy is to be reached
 AXES = {"seconds": "training time (s)", "tokens": "sampled tokens", "steps": "optimiser steps"}
 GRID = 200  # points of a mean curve
 
@@ -117,6 +119,33 @@ def plot(all_studies: Sequence[Study], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
+    """Each algorithm's final accuracy against the base's at equal time, and the goal: its accuracy in half the time."""
+    return [
+        ReadmeRow(
+            f"{study.title}: {algorithm} against {BASE}, held-out accuracy at equal time",
+            "loop.py gain",
+            f"{_percent(mean_interval(study.final(algorithm)))} against {_percent(mean_interval(study.final(BASE)))}"
+            f"; difference {_percent(study.gain(algorithm), signed=True)}, {len(study.by_algorithm[algorithm])} seeds"
+            f"; {_reached(study.time_to_base(algorithm))}",
+            "" if algorithm == CONTROL else f"{BASE}'s in {GOAL:.0%} of its time",
+            algorithm != CONTROL and _share(study.time_to_base(algorithm)) > GOAL,
+        )
+        for study in studies(result["data"]["records"])
+        if BASE in study.by_algorithm
+        for algorithm in study.by_algorithm
+        if algorithm != BASE
+    ]
+
+
+def _share(time: float | None) -> float:
+    return math.inf if time is None else time
+
+
+def _reached(share: float | None) -> str:
+    return f"{BASE}'s final accuracy " + ("not reached" if share is None else f"in {share:.0%} of the time")
 
 
 def _xy(record: Record, axis: str) -> tuple[list[float], list[float]]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpo_fast.bench.common import Table, Timing, finish, floors, human, interleave, parser
+from gpo_fast.bench.common import ReadmeRow, Table, Timing, finish, floors, human, interleave, parser
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 from gpo_fast import Request, RolloutEngine, SamplingParams
@@ -47,6 +47,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
         "tie_word_embeddings": True,
     },
+}
+
+
+PEERS = {  # and what a reader of the README calls them
+    "generate": "`generate`",
+    "repeat cache": "*prefill once, repeat the cache*",
+    "generate_batch": "`generate_batch`",
+    "llama.cpp": "llama.cpp",
 }
 
 
@@ -258,6 +266,28 @@ def floor_table(engine: RolloutEngine, model: Any, sizes: list[int]) -> Table:
     return table
 
 
+def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
+    """The engine against each peer of a result."""
+    targets = {work.name: work.targets for work in workloads(vocabulary=1000, quick=False)}
+    options = result["arguments"]
+    command = f"rollout.py --dtype {options['dtype']} --repeats {options['repeats']} --only {options['only']}"
+    rows = []
+    for name, times in result["data"]["times"].items():
+        ours = times["gpo-fast"]["median"]
+        for peer in [p for p in PEERS if p in times]:
+            theirs, goal = times[peer]["median"], targets[name].get(peer)
+            rows.append(
+                ReadmeRow(
+                    f"{name}, {options['model']}, against {PEERS[peer]}",
+                    command,
+                    f"{theirs / ours:.2f} x as fast ({human(ours)}, {human(theirs)})",
+                    "" if goal is None else f"{goal:g} x",
+                    goal is not None and theirs < goal * ours,
+                )
+            )
+    return rows
+
+
 def main() -> None:
     arguments_of = parser(__doc__ or "")
     arguments_of.add_argument(
@@ -269,9 +299,7 @@ def main() -> None:
     arguments_of.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments_of.add_argument("--threads", type=int, help="torch's number of threads; its own choice if not given")
     arguments_of.add_argument("--repeats", type=int, default=3)
-    arguments_of.add_argument(
-        "--peers", nargs="*", default=["generate", "repeat cache", "generate_batch", "llama.cpp"], metavar="PEER"
-    )
+    arguments_of.add_argument("--peers", nargs="*", default=list(PEERS), metavar="PEER")
     arguments_of.add_argument("--only", type=int, help="the number of one workload, from 0")
     arguments = arguments_of.parse_args()
     if arguments.threads:

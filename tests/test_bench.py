@@ -8,11 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
+import torch
+from gpo_fast.bench import gpu
 from gpo_fast.bench.common import mean_interval
 from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
+from gpo_fast.bench.loop_price import FullVocabularyTrainer, PlainEngine, Size, StepClock, Way, our_trainer
 from gpo_fast.bench.loop_study import Study, studies
 from gpo_fast.bench.loop_tasks import TABLE, Task, character_tokenizer, solved
+from gpo_fast.bench.readme import README, table, with_table
+from gpo_fast.bench.suite import SUITE, command, compare
+from typer.testing import CliRunner
 
+from gpo_fast import GPOTrainer, Request, RolloutEngine, SamplingParams, cli
 from gpo_fast.run_files import read_records
 
 
@@ -106,3 +114,74 @@ def test_a_run_is_recorded_once_and_its_clock_leaves_evaluation_out(tmp_path: Pa
     json.dumps(result)
     with pytest.raises(ValueError, match="unknown algorithm 'gppo'"):
         Trial(Task("modular", 2), "gppo", 0, 0.1, 1.0)
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    committed = README.read_text(encoding="utf-8")
+    assert with_table(committed) == committed, "run `gpo-fast bench readme`"
+    assert committed.count("**missed**") == table().count("**missed**") > 0
+    with pytest.raises(ValueError, match="needs the lines"):
+        with_table("no table")
+
+
+def test_results_are_compared_by_name(tmp_path: Path) -> None:
+    def write(name: str, scale: float, rows: list[str]) -> Path:
+        data = {row: {"median": scale * (n + 1), "samples": 3} for n, row in enumerate(rows)}
+        runs = [{"peer": row, "median_ms": 1e3 * scale} for row in reversed(rows)]
+        (tmp_path / name).write_text(json.dumps({"data": data, "runs": runs, "floors": {"seconds": 1.0}}))
+        return tmp_path / name
+
+    before, after = write("a.json", 1.0, ["fork", "match"]), write("b.json", 3.0, ["fork", "match", "evict"])
+    shown = compare(before, after)
+    assert {row[0] for row in shown.rows} == {"data / fork", "data / match", "runs / fork", "runs / match"}
+    assert {row[-1] for row in shown.rows} == {"3.00"}
+    with pytest.raises(ValueError, match="no time in common"):
+        compare(before, write("c.json", 1.0, ["open"]))
+
+
+def test_the_command_line_finds_every_script_and_suits_the_machine() -> None:
+    shown = CliRunner().invoke(cli.app, ["bench", "--help"]).output
+    assert all(name in shown for name in (*SUITE, "all", "compare", "readme"))
+    for name in SUITE:
+        assert Path(command(name, [])[0]).is_file()
+    assert command("rollout", ["--dtype=float32", "--quick"])[-2:] == ["--dtype=float32", "--quick"]
+    assert command("tree", []).count("--dtype") == 1
+    assert command("tree", ["--dtype", "fp32"]).count("--dtype") == 1
+
+
+def test_the_gpu_run_fits_its_nine_minutes(tmp_path: Path) -> None:
+    plan = gpu.parts(tmp_path, quick=False)
+    assert sum(part.seconds for part in plan) <= 9 * 60 - 10
+    assert next(part for part in plan if part.name == "loop").command[2] == "price"
+
+
+def test_the_plain_engine_samples_what_the_engine_does() -> None:
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight *= 1e4  # one token has all the probability, so both must draw it
+    requests = [
+        Request(tokenizer(text)["input_ids"], n, SamplingParams(max_tokens=most))
+        for text, n, most in (("1+1=", 2, 9), ("a longer prefix: 2+2=", 1, 4), ("x", 3, 12))
+    ]
+    plain = PlainEngine(model, tokenizer, max_batch_size=4).generate(requests)
+    ours = RolloutEngine(model, tokenizer).generate(requests)
+    for theirs, mine in zip(plain, ours, strict=True):
+        assert (theirs.request_index, theirs.branch_index) == (mine.request_index, mine.branch_index)
+        assert theirs.prompt_token_ids == list(mine.prompt_token_ids)
+        assert (theirs.token_ids, theirs.finish_reason) == (list(mine.token_ids), mine.finish_reason)
+
+
+@pytest.mark.parametrize("packing", ["tree", "padded"])
+def test_the_full_vocabulary_loss_has_the_same_gradients(tmp_path: Path, packing: str) -> None:
+    gradients = []
+    for number, kind in enumerate((GPOTrainer, FullVocabularyTrainer)):
+        model = tiny.model()
+        way = Way({"packing": packing, "temperature": 0.8}, kind)
+        size = Size("tiny", "cpu", "float32", prompts=2, generations=3, resets=2, samples=2, tokens=20)
+        trainer = our_trainer(way, model, tiny.tokenizer(), size, tmp_path / str(number), 1, StepClock())
+        experience = trainer.sampler.collect(list(trainer.train_dataset)[:2], seed=1)
+        trainer._forest = experience.forest
+        trainer._update(trainer.model, experience.rows)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
+    assert gradients[0].norm() > 0
+    assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[0].norm()

@@ -31,8 +31,8 @@ from gpo_fast.training_batch import padded_batches
 # What an algorithm changes in the settings that all share. DPO and GPO-DPO belong here once GPOTrainer trains them.
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"use_gpo": False},
-    "gpo": {"estimator": "racing"},
-    "gpo-uniform": {"estimator": "uniform"},
+    "gpo": {"estimator": "racing", "reuse": "all"},
+    "gpo-uniform": {"estimator": "uniform", "reuse": "all"},
     "random": {"estimator": "random"},
 }
 TRAIN_SEED, HELD_OUT_SEED, WARMUP_SEED = 11, 7_000_003, 29
@@ -132,7 +132,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
 def settings(trial: Trial, output: Path) -> GPOConfig:
     """The settings that all algorithms share, then the algorithm's own."""
     shared: dict[str, Any] = {
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 8,
         "num_generations": 8,
         "max_completion_length": trial.task.max_tokens,
         "num_samples": 4,
@@ -140,7 +140,7 @@ def settings(trial: Trial, output: Path) -> GPOConfig:
         "criterion": "min",
         "max_batch_size": 128,
         "kv_cache_memory": 64 << 20,
-        "learning_rate": 3e-4,
+        "learning_rate": 2e-4,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 5,
         "max_grad_norm": 1.0,

@@ -101,7 +101,7 @@ def test_a_study_compares_at_equal_time_tokens_and_steps() -> None:
 
 def test_a_run_is_recorded_once_and_its_clock_leaves_evaluation_out(tmp_path: Path) -> None:
     trial = Trial(Task("modular", 2), "gpo:num_resets=2,learning_rate=1e-3", 0, start=0.0, seconds=0.5, evaluations=2)
-    assert trial.changes == {"estimator": "racing", "num_resets": 2, "learning_rate": 1e-3}
+    assert trial.changes == {"estimator": "racing", "reuse": "all", "num_resets": 2, "learning_rate": 1e-3}
     result = run(trial, tmp_path)
     append(tmp_path / "study.jsonl", result)
     assert is_finished(trial, read_records(tmp_path / "study.jsonl"))

@@ -91,7 +91,6 @@ class GPOConfig(TrainingArguments):
             _one_of("proposal", self.proposal, ("logprob", "entropy", "gradient"))
         if self.search_budget is not None and self.search_budget < 0:
             raise ValueError(f"search_budget must be at least 0, got {self.search_budget}")
-        _one_of("step_splitter", self.step_splitter, ("newline", "paragraph", "sentence", "tokens"))
         _one_of("packing", self.packing, ("tree", "padded"))
         if self.self_check_steps < 0:
             raise ValueError(f"self_check_steps must not be negative, got {self.self_check_steps}")

@@ -87,7 +87,9 @@ def find_critical(
         trajectories = [_given(p, row["completion"], tokenizer) for p, row in zip(prompts, rows)]
         roots = None
     else:
-        drawn = engine.generate([Request(p, num_generations, sampling, seed + i) for i, p in enumerate(prompts)])
+        drawn = engine.generate(
+            [Request(p, num_generations, sampling, seed + i, keep=True) for i, p in enumerate(prompts)]
+        )
         grouped = np.asarray(outcome(drawn)).reshape(len(rows), num_generations)
         worst = search_mixed(grouped)
         if not worst:

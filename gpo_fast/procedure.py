@@ -115,7 +115,7 @@ class GuidedSampler:
         with timer("rollout"):
             base = self.engine.generate(
                 [
-                    Request(ids, config.num_generations, self._sampling(len(ids)), seed=seeds[i])
+                    Request(ids, config.num_generations, self._sampling(len(ids)), seed=seeds[i], keep=config.use_gpo)
                     for i, ids in enumerate(prompts)
                 ]
             )
@@ -267,6 +267,7 @@ class GuidedSampler:
                     self.config.num_resets,
                     self.config.sampling_params(max_tokens=room),
                     seed=seeds[len(examples)] + n,
+                    trace=s.completion.trace,
                 )
             )
         drawn = self.engine.generate(requests)

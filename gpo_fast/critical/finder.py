@@ -204,7 +204,8 @@ class CriticalStepFinder:
         room = max(1, most - cut)
         tokens = [*trajectory.prompt_token_ids, *trajectory.token_ids[:cut]]
         seed = np.random.SeedSequence([self.seed, run.row, state, run.num_rounds]).generate_state(1)
-        return Request(tokens, n=count, sampling=replace(self.sampling, max_tokens=room), seed=int(seed[0]))
+        sampling = replace(self.sampling, max_tokens=room)
+        return Request(tokens, count, sampling, seed=int(seed[0]), trace=trajectory.trace)
 
     def _check_range(self, rewards: Sequence[float]) -> None:
         if self.reward_range is None:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from gpo_fast.config import GPOConfig
 from gpo_fast.demo.model import fast_dtype, load_demo_model
-from gpo_fast.demo.task import held_out, solved, training
+from gpo_fast.demo.task import TERMS, held_out, solved, training
 from gpo_fast.demo.warmup import warm_up
 from gpo_fast.display import TrainingDisplay
 from gpo_fast.evaluation import Accuracy, Gain, accuracy_of, gain_of
@@ -35,9 +35,10 @@ class Size(NamedTuple):
     warmup_steps: int  # ... or after so many steps
     seconds: float  # of GPO training
     problems: int  # held-out ones
+    terms: tuple[int, int]  # fewest and most terms of a sum
 
 
-FULL, QUICK = Size(0.25, 42, 240.0, 384), Size(0.05, 16, 35.0, 128)
+FULL, QUICK = Size(0.25, 42, 240.0, 384, TERMS), Size(0.15, 14, 30.0, 128, (3, 4))
 
 
 class TimeLimit(TrainerCallback):
@@ -104,7 +105,12 @@ def _warm_model(output: Path, size: Size, console: Console) -> Path:
     with TrainingDisplay(console) as display:
         display.phase("warm-up", size.warmup_steps)
         rate = warm_up(
-            model, tokenizer, solve_rate=size.solve_rate, max_steps=size.warmup_steps, on_step=display.advance
+            model,
+            tokenizer,
+            solve_rate=size.solve_rate,
+            max_steps=size.warmup_steps,
+            terms=size.terms,
+            on_step=display.advance,
         )
     console.print(f"warm-up: {rate:.0%} of its check problems are solved")
     temporary = output / "warm.tmp"
@@ -129,7 +135,7 @@ def _train(
             model=model,
             reward_funcs=solved,
             args=_config(output, seed, use_gpo),
-            train_dataset=training(2048),
+            train_dataset=training(2048, terms=size.terms),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=ADAPTED, lora_dropout=0.0),
             callbacks=[limit, progress],
@@ -165,7 +171,7 @@ def _train(
 def _evaluate(trainer: GPOTrainer, size: Size, base: bool = False) -> list[float]:
     """Rewards of the held-out problems, of the model without its adapter if `base`."""
     with trainer.model.disable_adapter() if base else nullcontext():
-        return trainer.sample_rewards(held_out(size.problems), seed=EVALUATION_SEED).tolist()
+        return trainer.sample_rewards(held_out(size.problems, size.terms), seed=EVALUATION_SEED).tolist()
 
 
 def _config(output: Path, seed: int, use_gpo: bool) -> GPOConfig:

@@ -1,4 +1,4 @@
-"""The demo's task: reasoning_gym's `chain_sum` with 4 to 6 terms of one digit, solved line by line.
+"""The demo's task: reasoning_gym's `chain_sum` with terms of one digit, 4 to 6 of them, solved line by line.
 
 A prompt is the bare expression without spaces (fewer tokens); a solution adds one term a line, so a newline ends a
 step and the first wrong line can be told by arithmetic. reasoning_gym's own scorer verifies the last line's result.
@@ -12,16 +12,25 @@ from typing import Any
 from gpo_fast.rewards import reasoning_gym as partial_score
 
 TRAIN_SEED, HELD_OUT_SEED = 11, 7_000_003
+TERMS = (4, 6)  # fewest and most terms of a sum
 _TERM = re.compile(r"[+-]?\d+")
 
 
-def chain_sums(count: int, seed: int, skip: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
+def chain_sums(
+    count: int, seed: int, terms: tuple[int, int] = TERMS, skip: frozenset[str] = frozenset()
+) -> list[dict[str, Any]]:
     """`count` different problems, none of them with a prompt in `skip`: columns prompt, answer, metadata."""
     import reasoning_gym
 
     rows: dict[str, dict[str, Any]] = {}
     source = reasoning_gym.create_dataset(
-        "chain_sum", size=2 * count + 100, seed=seed, min_terms=4, max_terms=6, min_digits=1, max_digits=1
+        "chain_sum",
+        size=2 * count + 100,
+        seed=seed,
+        min_terms=terms[0],
+        max_terms=terms[1],
+        min_digits=1,
+        max_digits=1,
     )
     for item in source:
         expression = item["metadata"]["expression"].replace(" ", "")
@@ -34,14 +43,14 @@ def chain_sums(count: int, seed: int, skip: frozenset[str] = frozenset()) -> lis
     return list(rows.values())
 
 
-def held_out(count: int) -> list[dict[str, Any]]:
+def held_out(count: int, terms: tuple[int, int] = TERMS) -> list[dict[str, Any]]:
     """The evaluation's problems, always the same."""
-    return chain_sums(count, HELD_OUT_SEED)
+    return chain_sums(count, HELD_OUT_SEED, terms)
 
 
-def training(count: int, seed: int = TRAIN_SEED) -> list[dict[str, Any]]:
+def training(count: int, seed: int = TRAIN_SEED, terms: tuple[int, int] = TERMS) -> list[dict[str, Any]]:
     """Problems to learn from; none of them is among the first 1,024 held-out ones."""
-    return chain_sums(count, seed, frozenset(row["prompt"] for row in held_out(1024)))
+    return chain_sums(count, seed, terms, frozenset(row["prompt"] for row in held_out(1024, terms)))
 
 
 def solution(expression: str) -> str:

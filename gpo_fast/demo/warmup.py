@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from gpo_fast.demo.model import fast_dtype
-from gpo_fast.demo.task import solution, solved, training
+from gpo_fast.demo.task import TERMS, solution, solved, training
+from gpo_fast.forest import TokenForest
 from gpo_fast.losses import linear_logprob
+from gpo_fast.packing import pack_forest
 from gpo_fast.rollout import Request, RolloutEngine, SamplingParams
+from gpo_fast.tree_attention import tree_attention_of
 
 WARMUP_SEED, CHECK_SEED = 29, 31
 BATCH_SIZE = 16
@@ -28,6 +31,7 @@ def warm_up(
     *,
     solve_rate: float,
     max_steps: int,
+    terms: tuple[int, int] = TERMS,
     first_check: int = 30,
     check_every: int = 6,
     learning_rate: float = 3e-4,
@@ -37,8 +41,8 @@ def warm_up(
 
     The embedding, which is the head as well, stays frozen. Returns the last solve rate that was measured.
     """
-    rows = training(max_steps * BATCH_SIZE, seed=WARMUP_SEED)
-    problems = training(96, seed=CHECK_SEED)
+    rows = training(max_steps * BATCH_SIZE, WARMUP_SEED, terms)
+    problems = training(96, CHECK_SEED, terms)
     model.get_input_embeddings().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], learning_rate, (0.9, 0.95), weight_decay=0.0, fused=True
@@ -47,8 +51,9 @@ def warm_up(
     rate = 0.0
     for step in range(1, max_steps + 1):
         model.train()
-        loss = _loss(model, tokenizer, rows[(step - 1) * BATCH_SIZE : step * BATCH_SIZE])
-        loss.backward()
+        with tree_attention_of(model):
+            loss = _loss(model, tokenizer, rows[(step - 1) * BATCH_SIZE : step * BATCH_SIZE])
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -74,19 +79,16 @@ def _solve_rate(model: Any, tokenizer: Any, problems: Sequence[dict[str, Any]]) 
 
 
 def _loss(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
-    """Mean negative log-probability of the solutions' tokens and the end token."""
-    prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
-    answers = [
-        [*tokenizer(solution(row["metadata"]["expression"]))["input_ids"], tokenizer.eos_token_id] for row in rows
-    ]
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers))
-    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    positions = []
-    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-        input_ids[i, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
-        positions.append(i * width + torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1))
-    targets = torch.tensor([token for answer in answers for token in answer])
+    """Mean negative log-probability of the solutions' tokens and the end token; the rows are packed, not padded."""
+    forest = TokenForest()
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = [*tokenizer(solution(row["metadata"]["expression"]))["input_ids"], tokenizer.eos_token_id]
+        forest.branch(forest.add_prompt(prompt), len(prompt), answer)
+    packed = pack_forest(forest)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_dtype() == torch.bfloat16):
-        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        rows_with_loss = hidden.flatten(0, 1)[torch.cat(positions)]
-        return -linear_logprob(rows_with_loss, model.get_output_embeddings().weight, targets).mean()
+        hidden = model.get_decoder()(
+            input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, tree=packed.tree
+        ).last_hidden_state[0, packed.rows]
+        # Different prompts share nothing: each row has one target.
+        return -linear_logprob(hidden, model.get_output_embeddings().weight, packed.shared.targets).mean()

@@ -213,7 +213,7 @@ class _Builder:
         requests = []
         for i, example in enumerate(examples):
             ids = encode_prompt(example["prompt"], self.engine.tokenizer, self._max_length())
-            requests.append(Request(ids, self.num_generations, self._params(len(ids)), seed=seed + i))
+            requests.append(Request(ids, self.num_generations, self._params(len(ids)), seed=seed + i, keep=True))
         drawn = self.engine.generate(requests)
         owner = [c.request_index for c in drawn]
         scores = self._score(drawn, [examples[i] for i in owner])
@@ -264,7 +264,7 @@ class _Builder:
             room = max(1, self._params(len(trajectory.prompt_token_ids)).max_tokens - cut)
             context = [*trajectory.prompt_token_ids, *trajectory.token_ids[:cut]]
             params = replace(self.sampling, max_tokens=room)
-            requests.append(Request(context, self.num_resets, params, seed=seed + n))
+            requests.append(Request(context, self.num_resets, params, seed=seed + n, trace=trajectory.trace))
         states = [_State(list(r.token_ids)) for r in requests]
         drawn = self.engine.generate(requests) if requests else []
         self.report.sampled = len(drawn)

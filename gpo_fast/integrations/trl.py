@@ -169,18 +169,22 @@ class GPOTrainer(GRPOTrainer):
         seeds = np.random.SeedSequence(
             [self.args.seed, self.accelerator.process_index, self.state.global_step, self._draws]
         ).generate_state(3)
+        searched = self.model.training and self.args.use_gpo
         rows = self._engine.generate(
-            [Request(ids, 1, self._sampling(ids), seed=int(seeds[0]) + i) for i, ids in enumerate(prompt_ids)]
+            [
+                Request(ids, 1, self._sampling(ids), seed=int(seeds[0]) + i, keep=searched)
+                for i, ids in enumerate(prompt_ids)
+            ]
         )
         kept = [0] * len(rows)  # tokens of a row that are the kept prefix, not sampled for it
-        if self.model.training and self.args.use_gpo:
+        if searched:
             self._add_resets(rows, kept, seeds)
         output: dict[str, Any] = {
             "prompt_ids": [r.prompt_token_ids for r in rows],
             "completion_ids": [r.token_ids for r in rows],
             "logprobs": [r.sampling_logprobs for r in rows],
         }
-        if self.model.training and self.args.use_gpo:
+        if searched:
             output["env_mask"] = [[0] * k + [1] * (len(r.token_ids) - k) for r, k in zip(rows, kept)]
         return output
 
@@ -224,7 +228,8 @@ class GPOTrainer(GRPOTrainer):
         for n, (trajectory, cut) in enumerate(zip(trajectories, cuts)):
             room = max(1, self._sampling(trajectory.prompt_token_ids).max_tokens - cut)
             context = [*trajectory.prompt_token_ids, *trajectory.token_ids[:cut]]
-            requests.append(Request(context, self.args.num_resets, self._sampling(None, room), int(seeds[2]) + n))
+            sampling, seed = self._sampling(None, room), int(seeds[2]) + n
+            requests.append(Request(context, self.args.num_resets, sampling, seed, trace=trajectory.trace))
         metrics = self._metrics["train"]
         metrics["gpo/critical_advantage"].append(float(np.mean([f.advantages[f.index] for f in found])))
         metrics["gpo/critical_position"].append(float(np.mean([f.index / len(f.steps) for f in found])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,11 +21,14 @@ class Branch:
     order: bytes  # the prompt as big-endian bytes: compares like the list of its tokens, at the speed of memcmp
     params: SamplingParams
     key: int  # of its random stream
+    keep: bool = False
+    origin: int | None = None  # the trace that the prompt is the start of
     sequence: int = -1  # handle in the prefix cache; -1: not running
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    trace: int | None = None  # its own, when it is finished and kept
     admitted: int = 0  # order of admission: the last one is preempted first
 
     def all_tokens(self) -> np.ndarray:
@@ -46,7 +50,16 @@ class Branch:
             self.logprobs,
             self.sampling_logprobs,
             self.finish_reason or "length",
+            self.trace,
         )
+
+
+class Opened(NamedTuple):
+    """Branches of equal tokens with the sequence that they will share, of which `hit` tokens are in the cache."""
+
+    group: list[Branch]
+    sequence: int
+    hit: int
 
 
 @dataclass(eq=False)

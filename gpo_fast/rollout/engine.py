@@ -24,6 +24,7 @@ from gpo_fast.rollout.branch import Branch, Prefill
 from gpo_fast.rollout.packed import PackedDecoder
 from gpo_fast.rollout.segments import Segments, chunk_segment, concatenate, private_segments, shared_segments
 from gpo_fast.rollout.stream import RolloutStream
+from gpo_fast.rollout.traces import Traces
 from gpo_fast.rollout.types import Completion, Request
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class RolloutEngine:
         self.num_blocks = int(num_blocks)
         self.block_bytes = block_bytes
         self.cache = PrefixCache(self.num_blocks, block_size)
+        self.traces = Traces(self.cache)
         self.pool = KVPool(
             config.num_hidden_layers, self.num_blocks, block_size, kv_heads, head_dim, dtype, weight.device
         )
@@ -113,6 +115,7 @@ class RolloutEngine:
                 "prefill_tokens",
                 "decode_tokens",
                 "shared_tokens",
+                "trace_forks",
                 "shared_reads_saved",
                 "preemptions",
                 "cancelled",
@@ -168,6 +171,7 @@ class RolloutEngine:
         """
         if self._stream is not None and self._stream() is not None:
             raise RuntimeError("weights changed under an open stream: exhaust it or close it first")
+        self.traces.clear()
         self._epoch += 1
         self.cache.begin_epoch(self._epoch)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from gpo_fast.rollout.branch import Branch, Prefill, common_prefix
+from gpo_fast.rollout.branch import Branch, Opened, Prefill, common_prefix
 from gpo_fast.rollout.sampler import sample, stream_key, uniforms
 from gpo_fast.rollout.types import Completion, FinishReason, Request
 
@@ -169,7 +169,8 @@ class RolloutStream(Iterator[Completion]):
         order = array.astype(">i4").tobytes()
         seed = self._engine.next_seed() if request.seed is None else request.seed
         return [
-            Branch(number, i, prompt, array, order, request.sampling, stream_key(seed, i)) for i in range(request.n)
+            Branch(number, i, prompt, array, order, request.sampling, stream_key(seed, i), request.keep, request.trace)
+            for i in range(request.n)
         ]
 
     def _admit(self) -> None:
@@ -177,37 +178,74 @@ class RolloutStream(Iterator[Completion]):
 
         Branches of equal tokens are one entry. An entry that shares a prefix with one that is being computed, of
         which the cache does not hold a page yet, is left waiting and finds it in the cache later: with the longest
-        first, one trajectory is computed once for all its cut points.
+        first, one trajectory is computed once for all its cut points. What continues a kept trace needs neither:
+        it is forked from the trace's mark.
         """
         if self._crowded and self._running:
             return
         self._crowded = False
         room = self._engine.max_batch_size - len(self._running) - sum(len(e.branches) for e in self._prefilling)
         budget = self._engine.max_prefill_tokens - sum(e.missing for e in self._prefilling)
+        forked = self._fork_traces(min(room, budget))
+        room -= sum(len(opened.group) for opened in forked)
+        budget -= len(forked)
+        left = self._prefill(forked)
         deferred: list[Branch] = []
-        while self._waiting and room > 0 and budget > 0 and len(deferred) < self._engine.max_batch_size:
+        while not left and self._waiting and room > 0 and budget > 0 and len(deferred) < self._engine.max_batch_size:
             group = self._next_group(room)
             tokens = group[0].all_tokens()
             if any(self._gains_by_waiting(entry, tokens) for entry in self._prefilling):
                 deferred += group
                 continue
-            sequence, hit = self._cache.open(tokens)
-            missing = len(tokens) - hit
-            if not self._cache.reserve([sequence], missing):
-                self._cache.release([sequence])
-                self._waiting.extendleft(reversed(group))
+            opened = Opened(group, *self._cache.open(tokens))
+            left = self._prefill([opened])
+            room -= len(group)
+            budget -= len(tokens) - opened.hit
+        self._waiting.extendleft(reversed([*deferred, *left]))
+        if not self._running and not self._prefilling:
+            raise RuntimeError("no branch can be admitted though none is running")
+
+    def _fork_traces(self, room: int) -> list[Opened]:
+        """Sequences for the first waiting branches, as long as they continue kept ones: all of them one fork."""
+        groups: list[list[Branch]] = []
+        marks: list[int] = []
+        while self._waiting and room > 0:
+            first = self._waiting[0]
+            mark = self._engine.traces.mark_of(first.origin, first.prompt_array)
+            if mark is None:
                 break
+            groups.append(self._next_group(room))
+            marks.append(mark)
+            room -= len(groups[-1])
+        if not groups:
+            return []
+        self._counters["trace_forks"] += len(groups)
+        hits = [len(group[0].prompt) - 1 for group in groups]
+        sequences = self._cache.fork(marks, hits, [1] * len(groups)).tolist()
+        return list(map(Opened, groups, sequences, hits))
+
+    def _prefill(self, opened: Sequence[Opened]) -> list[Branch]:
+        """Begins to compute groups of branches; returns those for which there are no pages."""
+        for number, (group, sequence, hit) in enumerate(opened):
+            tokens = group[0].all_tokens()
+            missing = len(tokens) - hit
+            if not self._reserve([sequence], missing):
+                self._cache.release([o.sequence for o in opened[number:]])
+                return [branch for o in opened[number:] for branch in o.group]
             slots = self._cache.append([sequence], tokens[hit:], [missing])
             pages = self._cache.block_table(sequence)
             for branch in group:
                 branch.admitted = self._counters["steps"]
             self._prefilling.append(Prefill(group, sequence, tokens, slots, pages, hit, hit))
             self._counters["shared_tokens"] += hit + (len(group) - 1) * len(tokens)
-            room -= len(group)
-            budget -= missing
-        self._waiting.extendleft(reversed(deferred))
-        if not self._running and not self._prefilling:
-            raise RuntimeError("no branch can be admitted though none is running")
+        return []
+
+    def _reserve(self, sequences: list[int], count: int) -> bool:
+        """Room for so many more tokens in each sequence, at the cost of kept traces if need be."""
+        while not self._cache.reserve(sequences, count):
+            if not self._engine.traces.drop_oldest():
+                return False
+        return True
 
     def _next_group(self, room: int) -> list[Branch]:
         group = [self._waiting.popleft()]
@@ -247,7 +285,7 @@ class RolloutStream(Iterator[Completion]):
 
     def _make_room(self) -> None:
         """Preempts what was admitted last until each running branch has room for one more token."""
-        while self._running and not self._cache.reserve([b.sequence for b in self._running], 1):
+        while self._running and not self._reserve([b.sequence for b in self._running], 1):
             if self._prefilling:
                 entry = self._prefilling.pop()
                 self._cache.release([entry.sequence])
@@ -291,7 +329,11 @@ class RolloutStream(Iterator[Completion]):
         if not done:
             return
         sequences = [b.sequence for b in done]
-        self._cache.commit(sequences)  # a search of these trajectories finds their keys and values
+        self._cache.commit(sequences)
+        kept = [b for b in done if b.keep]
+        traces = self._engine.traces.keep([b.sequence for b in kept], [b.all_tokens()[:-1] for b in kept])
+        for branch, trace in zip(kept, traces):
+            branch.trace = trace
         self._cache.release(sequences)
         self._crowded = False
         for branch in done:

@@ -42,12 +42,18 @@ class Request:
     """`n` independent continuations of `token_ids`. A branch's tokens depend only on (seed, branch, weights).
 
     `seed=None` takes the next seed of the engine's own sequence.
+
+    `keep` holds the keys and values of the finished branches in memory, for requests that continue from inside of
+    them; `trace` is the one of the kept completion that `token_ids` are the start of. Both change only the speed:
+    a trace that is gone (new weights, memory wanted elsewhere, another engine) means a look-up of the prefix.
     """
 
     token_ids: Sequence[int]
     n: int = 1
     sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int | None = None
+    keep: bool = False
+    trace: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.n >= 1, "n", self.n, "at least 1")
@@ -71,6 +77,7 @@ class Completion:
     logprobs: list[float]
     sampling_logprobs: list[float]
     finish_reason: FinishReason
+    trace: int | None = None  # where its engine keeps its keys and values, if the request said `keep`
 
 
 class RolloutBackend(Protocol):

@@ -140,7 +140,7 @@ def settings(trial: Trial, output: Path) -> GPOConfig:
         "criterion": "min",
         "max_batch_size": 128,
         "kv_cache_memory": 64 << 20,
-        "learning_rate": 2e-4,
+        "learning_rate": 1e-4,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 5,
         "max_grad_norm": 1.0,

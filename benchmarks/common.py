@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, timing with spread, the machine's description, a table and JSON."""
+"""What the benchmarks share: arguments, timing with spread, resuming, the machine's description, a table and JSON."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from gpo_fast.run_files import read_records
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "trl", "vllm", "flash-attn", "liger-kernel", "gpo-fast")
 
@@ -98,6 +100,34 @@ def _student_quantile(freedom: int) -> float:
     density = np.exp(log_scale - (freedom + 1) / 2 * np.log1p(t**2 / freedom))
     between = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) * np.diff(t))])  # P(|T| < t)
     return float(np.interp(0.95, between, t))
+
+
+class Progress:
+    """The finished pieces of a long benchmark, a line of JSON each: one that was cut off goes on where it stood.
+
+    Args:
+        path: the file of the pieces; None keeps them in memory only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._pieces = {piece["name"]: piece for piece in ([] if path is None else read_records(path))}
+
+    def has(self, name: str) -> bool:
+        return name in self._pieces
+
+    def piece(self, name: str, compute: Callable[[], Any]) -> tuple[Any, float]:
+        """A piece's result as JSON gives it back, and the seconds that it took; computed if it is not there."""
+        if name not in self._pieces:
+            began = time.perf_counter()
+            result = compute()
+            line = json.dumps({"name": name, "seconds": time.perf_counter() - began, "result": result})
+            if self.path is not None:
+                with self.path.open("a") as file:
+                    file.write(line + "\n")
+            self._pieces[name] = json.loads(line)
+            print(f"{name}: {self._pieces[name]['seconds']:.1f} s", flush=True)
+        return self._pieces[name]["result"], self._pieces[name]["seconds"]
 
 
 def human(seconds: float) -> str:
@@ -216,7 +246,8 @@ def finish(arguments: argparse.Namespace, tables: Sequence[Table], data: dict[st
     described, peak = machine(), peak_memory()
     print(f"{described['cpu']}, {described['cores']} cores, load {described['load']:.1f}, commit {described['commit']}")
     if arguments.json:
-        options = {name: str(value) for name, value in vars(arguments).items()}
+        # Of a path only the name: folders tell nothing about the numbers.
+        options = {n: value.name if isinstance(value, Path) else str(value) for n, value in vars(arguments).items()}
         plain = {
             "machine": described,
             "arguments": options,

@@ -1,37 +1,38 @@
 """The search for critical steps, measured: right in worlds where the answer is known, and fast on a real model.
 
 `exact`: in worlds given by a table (tests/exact_world.py), hit rate and tokens of uniform, racing and bisection
-against N, errors among the searches that state a confidence of 1 - delta, coverage of uniform's intervals, and the
-bias of reused samples.
+against N, and errors among the searches that state a confidence of 1 - delta. `coverage` of uniform's intervals, and
+`reuse`: the bias of reused samples.
 
-`speed`: wall-clock time of searching trajectories of 8 to 16 steps with SmolLM2-135M. An outcome hangs on one token
-at a random place of the trajectory, so one step decides. Nothing ends early, so uniform searches do the same work:
+`a` to `d`: wall-clock time of searching trajectories of 8 to 16 steps with SmolLM2-135M. An outcome hangs on one
+token at a random place of the trajectory, so one step decides. Nothing ends early, so uniform searches do the same
+work:
     (a) `model.generate`, a call for each step;   (b) all cut points in padded `generate` batches;
     (c) uniform on our engine;                    (d) racing on our engine, with the same N.
 
-    python benchmarks/critical.py --json critical.json
+With --progress what is finished is kept, and the script can be cut off and started again, or run in slices. After a
+change of the code remove that file.
+
+    python benchmarks/critical.py --progress critical.jsonl --only a
+    python benchmarks/critical.py --progress critical.jsonl --json critical.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
+from common import Progress, Table, Timing, finish, human, parser
 
-import gpo_fast
 from gpo_fast import Completion, CriticalStepFinder, Request, RolloutEngine, SamplingParams, StepSplitter
 from gpo_fast.critical.step import SCORES
 from gpo_fast.demo.model import fast_dtype, load_demo_model
@@ -49,57 +50,82 @@ WORLDS: dict[str, tuple[list[exact.World], float | None, str]] = {
     "one pivot, fall": ([exact.pivotal(k) for k in (2, 5, 8, 10)], 0.0, "min"),
     "one pivot, gain": ([exact.pivotal(k) for k in (2, 5, 8, 10)], 1.0, "max"),
 }
+ESTIMATORS = [("uniform", n) for n in (2, 4, 8, 12, 32)] + [("racing", n) for n in (1, 2, 4, 8, 12, 32)]
+BISECTIONS = [("bisect", n) for n in (2, 4, 12)]
+WAYS = {
+    "a": "generate, a call per step",
+    "b": "generate, padded batches",
+    "c": "uniform on our engine",
+    "d": "racing on our engine",
+}
+GOALS = {("a", "c"): 15, ("b", "c"): 5, ("c", "d"): 2}  # how many times as long the first has to take
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("exact", "speed", "both"), default="both")
-    parser.add_argument("--count", type=int, default=1000, help="searches of each exact world and method")
-    parser.add_argument("--trajectories", type=int, default=32, help="of the speed part")
-    parser.add_argument("--new-tokens", type=int, default=64, help="length of a trajectory in the speed part")
-    parser.add_argument("--n-samples", type=int, default=4, help="N of the speed part")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--padded-rows", type=int, default=128, help="rows of a padded generate batch in (b)")
-    parser.add_argument("--quick", action="store_true", help="60 searches; 2 trajectories of 24 tokens, once")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if options.quick:
-        options.count, options.trajectories, options.new_tokens, options.repeats = 60, 2, 24, 1
-    result: dict[str, Any] = {"options": {k: str(v) for k, v in vars(options).items()}, **machine()}
-    if options.part in ("exact", "both"):
-        result["exact"] = exact_part(options.count)
-    if options.part in ("speed", "both"):
-        result["speed"] = speed_part(options)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1))
+    arguments = parse()
+    if arguments.quick:
+        arguments.count, arguments.trajectories, arguments.new_tokens, arguments.repeats = 60, 2, 24, 1
+    progress = Progress(arguments.progress)
+    tables: list[Table] = []
+    data: dict[str, Any] = {}
+    if "exact" in arguments.only:
+        data["exact"] = [row for name in WORLDS for row in exact_rows(name, arguments.count, progress)]
+        tables += [exact_table(name, [r for r in data["exact"] if r["world"] == name]) for name in WORLDS]
+    if "coverage" in arguments.only:
+        data["coverage"], _ = progress.piece(f"coverage, {arguments.count}", partial(coverage, arguments.count))
+        tables.append(coverage_table(data["coverage"]))
+    if "reuse" in arguments.only:
+        name = f"reuse bias, {arguments.count}"
+        data["reuse"], _ = progress.piece(name, lambda: {r: reuse_bias(r, arguments.count) for r in ("split", "all")})
+        tables.append(reuse_table(data["reuse"]))
+    ways = [way for way in WAYS if way in arguments.only]
+    if ways:
+        data["speed"] = speed(ways, arguments, progress)
+        tables += speed_tables(data["speed"], arguments)
+    finish(arguments, tables, data)
+
+
+def parse() -> argparse.Namespace:
+    result = parser(__doc__ or "")
+    parts = ["exact", "coverage", "reuse", *WAYS]
+    result.add_argument("--only", nargs="*", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
+    result.add_argument("--progress", type=Path, help="file of the finished pieces")
+    result.add_argument("--count", type=int, default=400, help="searches of each exact world and method")
+    result.add_argument("--trajectories", type=int, default=32, help="of the speed rows")
+    result.add_argument("--new-tokens", type=int, default=64, help="length of a trajectory in the speed rows")
+    result.add_argument("--n-samples", type=int, default=4, help="N of the speed rows")
+    result.add_argument("--repeats", type=int, default=3, help="of the speed rows")
+    result.add_argument("--padded-rows", type=int, default=128, help="rows of a padded generate batch in (b)")
+    return result.parse_args()
 
 
 # -- exact worlds -------------------------------------------------------------------------------------------------
 
 
-def exact_part(count: int) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
-    for name, (_, _, criterion) in WORLDS.items():
-        methods = [("uniform", n) for n in (2, 4, 8, 12, 32)] + [("racing", n) for n in (1, 2, 4, 8, 12, 32)]
-        methods += [("bisect", n) for n in (2, 4, 12)] if criterion == "min" else []
-        table = Table("estimator", "N", "hit rate", "tokens", "rounds", "states >= 0.9", "wrong of them", title=name)
-        for estimator, n in methods:
-            row = {"world": name, "estimator": estimator, "n": n, **measure(name, count, estimator, n)}
-            rows.append(row)
-            low, high = row["interval"]
-            table.add_row(
-                estimator,
-                str(n),
-                f"{row['hit_rate']:.3f} ({low:.3f} to {high:.3f})",
-                f"{row['tokens']:.0f}",
-                f"{row['rounds']:.1f}",
-                f"{row['stated']:.2f}",
-                f"{row['wrong_of_stated']:.3f}",
-            )
-        Console().print(table)
-    extra = {"coverage": coverage(count), "reuse_bias": {r: reuse_bias(r, count) for r in ("split", "all")}}
-    print(json.dumps(extra, indent=1))
-    return {"rows": rows, **extra}
+def exact_rows(name: str, count: int, progress: Progress) -> list[dict[str, Any]]:
+    rows = []
+    for estimator, n in [*ESTIMATORS, *(BISECTIONS if WORLDS[name][2] == "min" else [])]:
+        piece = f"{name}, {estimator} N={n}, {count} searches"
+        measured, _ = progress.piece(piece, partial(measure, name, count, estimator, n))
+        rows.append({"world": name, "estimator": estimator, "n": n, **measured})
+    return rows
+
+
+def exact_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(name, ("estimator", "N", "hit rate", "95 % interval", "tokens", "rounds", "stated", "wrong of them"))
+    for row in rows:
+        low, high = row["interval"]
+        table.add(
+            row["estimator"],
+            str(row["n"]),
+            f"{row['hit_rate']:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{row['tokens']:.0f}",
+            f"{row['rounds']:.1f}",
+            f"{row['stated']:.2f}",
+            f"{row['wrong_of_stated']:.3f}",
+        )
+    return table
 
 
 def measure(name: str, count: int, estimator: Any, n: int) -> dict[str, Any]:
@@ -164,65 +190,100 @@ def reuse_bias(reuse: Any, count: int) -> dict[str, float]:
     return {"mean": float(np.mean(gaps)), "standard_error": float(np.std(gaps) / len(gaps) ** 0.5)}
 
 
+def coverage_table(shares: dict[str, float]) -> Table:
+    table = Table("Intervals of uniform's values that hold the true value", ("N", "share"))
+    for n, share in shares.items():
+        table.add(n, f"{share:.1%}")
+    return table
+
+
+def reuse_table(bias: dict[str, dict[str, float]]) -> Table:
+    table = Table("Reward of reused samples less the value of their state", ("reuse", "mean", "standard error"))
+    for reuse, gap in bias.items():
+        table.add(reuse, f"{gap['mean']:+.4f}", f"{gap['standard_error']:.4f}")
+    return table
+
+
 # -- speed --------------------------------------------------------------------------------------------------------
 
 
-def speed_part(options: argparse.Namespace) -> dict[str, Any]:
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    model, tokenizer = load_demo_model(fast_dtype())
-    model.eval()
-    engine = RolloutEngine(model, tokenizer, max_batch_size=256)
-    sampling = SamplingParams(max_tokens=options.new_tokens, ignore_eos=True)
-    prompts = [tokenizer(row["prompt"])["input_ids"] for row in training(options.trajectories)]
-    drawn = engine.generate([Request(p, 1, sampling, seed=i) for i, p in enumerate(prompts)])
-    rng = np.random.default_rng(0)
-    numbers = rng.integers(8, 17, len(drawn))  # steps of each trajectory
-    decisive = rng.integers(0, options.new_tokens, len(drawn))  # place of the token that the outcome hangs on
+class Workload:
+    """Trajectories with an outcome that one of their tokens decides, and the four ways to search them."""
 
-    def outcome(completions: Sequence[Completion]) -> list[float]:
-        return [float(c.token_ids[decisive[c.request_index]] % 2 == 0) for c in completions]
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        self.arguments = arguments
+        self.model, tokenizer = load_demo_model(fast_dtype())
+        self.model.eval()
+        self.engine = RolloutEngine(self.model, tokenizer, max_batch_size=256)
+        self.sampling = SamplingParams(max_tokens=arguments.new_tokens, ignore_eos=True)
+        prompts = [tokenizer(row["prompt"])["input_ids"] for row in training(arguments.trajectories)]
+        self.drawn = self.engine.generate([Request(p, 1, self.sampling, seed=i) for i, p in enumerate(prompts)])
+        rng = np.random.default_rng(0)
+        numbers = rng.integers(8, 17, len(self.drawn))  # steps of each trajectory
+        self.decisive = rng.integers(0, arguments.new_tokens, len(self.drawn))  # place of the token that decides
+        self.cuts_of = {tuple(c.token_ids): cuts(arguments.new_tokens, int(n)) for c, n in zip(self.drawn, numbers)}
+        self.states = [(c, cut) for c in self.drawn for cut in self.cuts_of[tuple(c.token_ids)]]
 
-    own = outcome([Completion(i, 0, c.prompt_token_ids, c.token_ids, [], [], "length") for i, c in enumerate(drawn)])
-    cuts_of = {tuple(c.token_ids): cuts(options.new_tokens, int(n)) for c, n in zip(drawn, numbers)}
-    splitter = StepSplitter(lambda tokens, _: cuts_of[tuple(tokens)], min_tokens=1)
-    roots = [[0.0, 1.0]] * len(drawn)  # V(s_0) is known from the group, as in training
-    tokens: dict[str, list[int]] = {"c": [], "d": []}
+    def run(self, way: str) -> int:
+        """Searches once; the number of sampled tokens."""
+        if way in ("c", "d"):
+            return self.ours("uniform" if way == "c" else "racing")
+        (per_step if way == "a" else padded)(self.model, self.states, self.arguments)
+        return sum(self.arguments.n_samples * (self.arguments.new_tokens - cut) for _, cut in self.states)
 
-    def ours(key: str, estimator: Any) -> None:
-        engine.update_weights()  # the search of the round before has left its keys and values
+    def ours(self, estimator: Any) -> int:
+        self.engine.update_weights()  # the search of the round before has left its keys and values
         finder = CriticalStepFinder(
-            engine,
-            outcome,
-            splitter,
-            n_samples=options.n_samples,
+            self.engine,
+            self.outcome,
+            StepSplitter(lambda tokens, _: self.cuts_of[tuple(tokens)], min_tokens=1),
+            n_samples=self.arguments.n_samples,
             estimator=estimator,
-            sampling=sampling,
+            sampling=self.sampling,
             criterion="abs",
         )
-        tokens[key].append(sum(s.num_tokens for s in finder.find(drawn, rewards=own, root_values=roots)))
+        roots = [[0.0, 1.0]] * len(self.drawn)  # V(s_0) is known from the group, as in training
+        return sum(step.num_tokens for step in finder.find(self.drawn, root_values=roots))
 
-    states = [(c, cut) for c in drawn for cut in cuts_of[tuple(c.token_ids)]]
-    rows: dict[str, tuple[str, Callable[[], None]]] = {
-        "a": ("generate, a call per step", lambda: per_step(model, states, options)),
-        "b": (f"generate, padded, {options.padded_rows} rows", lambda: padded(model, states, options)),
-        "c": ("uniform on our engine", lambda: ours("c", "uniform")),
-        "d": ("racing on our engine", lambda: ours("d", "racing")),
-    }
-    seconds: dict[str, list[float]] = {key: [] for key in rows}
-    for _ in range(options.repeats):
-        for key, (_, run) in rows.items():
-            began = time.perf_counter()
-            run()
-            seconds[key].append(time.perf_counter() - began)
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
-    table = Table("", "method", "seconds", "spread", "ratio to (c)", "tokens", title=f"{len(drawn)} trajectories")
-    for key, (name, _) in rows.items():
-        spread = f"{min(seconds[key]):.1f} to {max(seconds[key]):.1f}"
-        work = str(tokens[key][-1]) if key in tokens else "as (c), and padding" if key == "b" else "as (c)"
-        table.add_row(f"({key})", name, f"{medians[key]:.1f}", spread, f"{medians[key] / medians['c']:.2f}", work)
-    Console().print(table)
-    return {"seconds": seconds, "medians": medians, "tokens": tokens, "states": len(states)}
+    def outcome(self, completions: Sequence[Completion]) -> list[float]:
+        return [float(c.token_ids[self.decisive[c.request_index]] % 2 == 0) for c in completions]
+
+
+def speed(ways: list[str], arguments: argparse.Namespace, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Seconds and tokens of each way. The ways take turns; only what is not known already is run."""
+    workload = cache(lambda: Workload(arguments))
+
+    def run(way: str) -> int:
+        return workload().run(way)
+
+    size = f"{arguments.trajectories} x {arguments.new_tokens}, N={arguments.n_samples}"
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    tokens = {}
+    for repeat in range(arguments.repeats):
+        for way in ways:
+            name = f"({way}) {size}, {repeat}"
+            if not progress.has(name):
+                workload()  # loading is not part of the time
+            tokens[way], spent = progress.piece(name, partial(run, way))
+            seconds[way].append(spent)
+    return {way: {"seconds": asdict(Timing.of(seconds[way])), "tokens": tokens[way]} for way in ways}
+
+
+def speed_tables(measured: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> list[Table]:
+    size = f"{arguments.trajectories} trajectories of {arguments.new_tokens} tokens, N = {arguments.n_samples}"
+    times = Table(size, ("way", "time", "middle half", "tokens"))
+    for way, row in measured.items():
+        timing = Timing(**row["seconds"])
+        spread = f"{human(timing.low)} - {human(timing.high)}"
+        times.add(f"({way}) {WAYS[way]}", human(timing.median), spread, f"{row['tokens']:,}")
+    ratios = Table("How many times as long", ("ways", "ratio", "goal"))
+    for (slow, fast), goal in GOALS.items():
+        if slow in measured and fast in measured:
+            ratio = measured[slow]["seconds"]["median"] / measured[fast]["seconds"]["median"]
+            ratios.add(f"({slow}) over ({fast})", f"{ratio:.2f} x", f"{goal} x")
+    return [times, ratios]
 
 
 def cuts(length: int, count: int) -> list[int]:
@@ -265,27 +326,6 @@ def sampled(model: Any, new_tokens: int) -> dict[str, Any]:
         "max_new_tokens": new_tokens,
         "pad_token_id": pad,
     }
-
-
-def machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    cpu = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "machine": platform.platform(),
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "gpo_fast": gpo_fast.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "commit": commit,
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
 
 
 if __name__ == "__main__":

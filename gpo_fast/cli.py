@@ -11,6 +11,7 @@ import typer
 import yaml
 
 from gpo_fast.bench.suite import SUITE
+from gpo_fast.steps import METHODS, StepSplitter
 
 app = typer.Typer(
     name="gpo-fast",
@@ -102,8 +103,15 @@ def critical(
     estimator: Annotated[str, typer.Option(help="uniform (the paper's), racing or bisect.")] = "racing",
     num_samples: Annotated[int, typer.Option(help="Continuations per step; the budget of racing.")] = 4,
     criterion: Annotated[str, typer.Option(help="max, min or abs.")] = "max",
-    step_splitter: Annotated[str, typer.Option(help="What a step is, as in GPOConfig.")] = "newline",
+    delta: Annotated[float, typer.Option(help="Racing stops when it errs with at most this probability.")] = 0.1,
+    proposal: Annotated[
+        str | None, typer.Option(help="Where racing and bisect look first: logprob, entropy or gradient.")
+    ] = None,
+    step_splitter: Annotated[str, typer.Option(help=f"What a step is: {', '.join(METHODS)}.")] = "newline",
+    step_pattern: Annotated[str | None, typer.Option(help="Regular expression of a step's end, for regex.")] = None,
     min_step_tokens: Annotated[int, typer.Option(help="A shorter step is merged with its neighbour.")] = 4,
+    max_steps: Annotated[int, typer.Option(help="A trajectory with more steps is thinned evenly.")] = 64,
+    min_steps: Annotated[int, typer.Option(help="A trajectory with fewer steps has its longest ones halved.")] = 1,
     num_problems: Annotated[int, typer.Option(help="Rows to take at most.")] = 32,
     num_generations: Annotated[int, typer.Option(help="Completions of a prompt that comes without one.")] = 8,
     max_tokens: Annotated[int, typer.Option(help="Longest completion in tokens.")] = 256,
@@ -120,7 +128,6 @@ def critical(
     Example: `gpo-fast critical --model ./my-model --dataset problems.jsonl --criterion min --html critical.html`
     """
     from gpo_fast.launch import find_critical
-    from gpo_fast.steps import StepSplitter
 
     records = find_critical(
         dataset,
@@ -130,11 +137,19 @@ def critical(
         num_generations=num_generations,
         temperature=temperature,
         max_tokens=max_tokens,
-        splitter=StepSplitter(step_splitter, min_tokens=min_step_tokens),
+        splitter=StepSplitter(
+            step_splitter,
+            pattern=step_pattern,
+            min_tokens=min_step_tokens,
+            max_steps=max_steps,
+            min_steps=min_steps,
+        ),
         seed=seed,
         n_samples=num_samples,
         criterion=criterion,
         estimator=estimator,
+        delta=delta,
+        proposal=proposal,
     )
     from gpo_fast.report import critical_table, write_critical_report
 

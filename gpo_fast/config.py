@@ -15,7 +15,12 @@ from gpo_fast.critical.finder import check_options
 from gpo_fast.rollout.types import SamplingParams
 from gpo_fast.steps import METHODS, StepSplitter
 
-LOSS_TYPES = ("grpo", "awr", "ppo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")
+PREFERENCE_LOSSES = ("dpo", "kto", "simpo", "orpo")
+LOSS_TYPES = ("grpo", "awr", "ppo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", *PREFERENCE_LOSSES)
+CRITICS = ("group", "value_head", "monte_carlo")
+# The papers' strengths of a preference loss (arXiv 2305.18290, 2402.01306, 2405.14734, 2403.07691).
+PREFERENCE_BETA = {"dpo": 0.1, "kto": 0.1, "simpo": 2.0, "orpo": 0.1}
+UNSCALED = ("dr_grpo", "rloo")  # whose papers do not divide advantages by a standard deviation
 
 
 def _option(default: Any, text: str) -> Any:
@@ -33,7 +38,11 @@ class GPOConfig(TrainingArguments):
     learning_rate: float = _option(1e-6, "Peak learning rate (with LoRA, 1e-5 to 3e-4 is usual).")
     logging_steps: float = _option(1, "Log every so many steps.")
     use_gpo: bool = _option(True, "Search critical steps and learn from resets; False trains the base algorithm.")
-    loss_type: str = _option("grpo", f"Base algorithm's loss: one of {', '.join(LOSS_TYPES)}.")
+    loss_type: str = _option(
+        "grpo",
+        f"Base algorithm's loss: one of {', '.join(LOSS_TYPES)}. With {', '.join(PREFERENCE_LOSSES)} each iteration "
+        "pairs completions of one critical state (of one prompt without use_gpo) and trains on the pairs.",
+    )
     num_generations: int = _option(8, "Completions sampled for each prompt.")
     max_completion_length: int = _option(256, "Longest completion in tokens.")
     temperature: float = _option(1.0, "Sampling temperature.")
@@ -62,10 +71,49 @@ class GPOConfig(TrainingArguments):
     min_step_tokens: int = _option(4, "A shorter step is merged with its neighbour.")
     max_steps_per_trajectory: int = _option(64, "A trajectory with more steps is thinned evenly.")
     min_steps_per_trajectory: int = _option(1, "A trajectory with fewer steps has its longest ones halved.")
-    beta: float = _option(0.0, "Weight of the KL penalty against the reference model.")
+    beta: float = _option(
+        None,
+        "Weight of the KL penalty against the reference model, 0 if not set; of a preference loss its strength, "
+        "if not set "
+        + ", ".join(f"{value} for {name}" for name, value in PREFERENCE_BETA.items())
+        + ". Log-probabilities are those at the sampling temperature.",
+    )
+    simpo_gamma: float = _option(0.5, "Margin of simpo, the paper's gamma.")
+    max_pairs: int = _option(4, "Preference pairs from one state at most: best with worst, second best and so on.")
     epsilon: float = _option(0.2, "Clip range of the probability ratio.")
     epsilon_high: float | None = _option(None, "Upper clip range; epsilon if not set.")
-    scale_rewards: bool = _option(True, "Divide a group's advantages by its standard deviation.")
+    scale_rewards: bool = _option(
+        None,
+        "Divide a group's advantages by its standard deviation, and those of a critic by their root mean square "
+        "over all tokens (the value head's are centred first); if not set, all losses but "
+        f"{' and '.join(UNSCALED)} do. rloo's baseline leaves the completion itself out.",
+    )
+    awr_beta: float = _option(1.0, "Temperature of awr: a token weighs exp(advantage / awr_beta).")
+    critic: str = _option(
+        "group",
+        "Baseline of the advantages: the group's mean reward (group), a linear head on the last hidden state with "
+        "an advantage for each token (value_head), or the values that the search measured, with an advantage for "
+        "each step of the searched trajectories (monte_carlo).",
+    )
+    gamma: float = _option(1.0, "Discount of a critic, for each token (value_head) or step (monte_carlo).")
+    gae_lambda: float = _option(
+        1.0,
+        "Lambda of generalised advantage estimation; below 1 the outcome of a long completion fades from its start.",
+    )
+    vf_coef: float = _option(0.1, "Weight of the value head's loss; its gradient reaches the model as well.")
+    cliprange_value: float = _option(0.2, "Range in which the value loss lets a value move away from the old one.")
+    value_head_learning_rate: float = _option(1e-3, "Learning rate of the value head itself.")
+    dynamic_sampling_rounds: int = _option(
+        0, "DAPO's dynamic sampling: replace groups whose rewards are all the same by other prompts, in so many rounds."
+    )
+    soft_punish_cache: int = _option(
+        0, "DAPO's over-long punishment: in so many last tokens before the limit a reward falls by up to 1; 0 is off."
+    )
+    mask_truncated_completions: bool = _option(False, "Do not train on completions that reached the limit.")
+    replay_size: int = _option(0, "Train again on the newest so many rollouts from critical steps; 0 is off.")
+    replay_ratio: float = _option(
+        1.0, "Replayed rollouts for each new one from a critical step, drawn in proportion to the step's advantage."
+    )
     steps_per_generation: int = _option(1, "Optimiser steps that share one iteration's rollouts.")
     reward_weights: list[float] | None = _option(None, "Weight of each reward function; 1 each if not set.")
     packing: str = _option("tree", "Train shared tokens once (tree), or each sequence by itself (padded).")
@@ -106,12 +154,66 @@ class GPOConfig(TrainingArguments):
                 "by max_tokens_per_microbatch, and a larger batch is a larger per_device_train_batch_size"
             )
         filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-        if self.steps_per_generation > 1 and filtered:
+        if self.steps_per_generation > 1 and filtered and not self.learns_from_pairs:
             raise ValueError("steps_per_generation above 1 needs unfiltered sampling (top_k=0, top_p=1, min_p=0)")
+        if self.replay_size > 0 and filtered:
+            raise ValueError("replay_size above 0 needs unfiltered sampling (top_k=0, top_p=1, min_p=0)")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0 in training, got {self.temperature}")
+        self._resolve_algorithm()
         self.sampling_params()  # these two check the rest
         self.splitter()
+
+    def _resolve_algorithm(self) -> None:
+        """Sets what depends on the loss, and refuses options that do not go together."""
+        if self.beta is None:
+            self.beta = PREFERENCE_BETA.get(self.loss_type, 0.0)
+        if self.scale_rewards is None:
+            self.scale_rewards = self.loss_type not in UNSCALED
+        _one_of("critic", self.critic, CRITICS)
+        if self.learns_from_pairs and not self.beta > 0:
+            raise ValueError(f"beta of {self.loss_type} must be above 0, got {self.beta}")
+        if self.critic != "group" and (self.learns_from_pairs or self.loss_type == "rloo"):
+            raise ValueError(
+                f"critic={self.critic!r} gives an advantage to each token, and {self.loss_type} has none: set "
+                "critic='group'"
+            )
+        if self.critic == "monte_carlo" and not self.use_gpo:
+            raise ValueError("critic='monte_carlo' takes its values from the search: set use_gpo=True")
+        if self.replay_size > 0 and (self.learns_from_pairs or not self.use_gpo):
+            raise ValueError(
+                "replay_size above 0 replays single rollouts from critical steps: it needs use_gpo=True "
+                f"and a loss other than {', '.join(PREFERENCE_LOSSES)}"
+            )
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        for name in ("beta", "vf_coef", "dynamic_sampling_rounds", "soft_punish_cache", "replay_size", "replay_ratio"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("awr_beta", "cliprange_value", "value_head_learning_rate", "max_pairs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.soft_punish_cache > self.max_completion_length:
+            raise ValueError(
+                f"soft_punish_cache must be at most max_completion_length={self.max_completion_length}, got "
+                f"{self.soft_punish_cache}"
+            )
+
+    @property
+    def learns_from_pairs(self) -> bool:
+        """Whether the loss is a preference loss."""
+        return self.loss_type in PREFERENCE_LOSSES
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss needs the log-probabilities of a reference model."""
+        return self.loss_type in ("dpo", "kto") if self.learns_from_pairs else self.beta > 0
+
+    @property
+    def uses_old_logprobs(self) -> bool:
+        """Whether rows may have been sampled by another policy than the one that is trained on them."""
+        return self.steps_per_generation > 1 or self.replay_size > 0
 
     def splitter(self) -> StepSplitter:
         """How trajectories are split into steps."""

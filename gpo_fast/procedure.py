@@ -1,7 +1,8 @@
 """Procedure I of GPO (arXiv 2509.16456): sample, find critical steps, reset there and sample again, score.
 
 What comes out is ordinary experience for an unchanged policy-gradient algorithm. Rollouts from a critical step
-form a group of their own: they share the state s_m, so their mean reward is the baseline of that state.
+form a group of their own: they share the state s_m, so their mean reward is the baseline of that state. For a
+preference loss (Procedure II) the groups are paired instead.
 """
 
 from __future__ import annotations
@@ -11,44 +12,24 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from gpo_fast.config import GPOConfig
+from gpo_fast.critic import monte_carlo_advantages, scale_advantages
 from gpo_fast.critical import CriticalStep, CriticalStepFinder, OutcomeReward
-from gpo_fast.critical.step import branch_record
+from gpo_fast.critical.step import SCORES, branch_record
 from gpo_fast.data import Example, columns_of, decode_completion, encode_prompt, is_conversation
+from gpo_fast.dynamic_sampling import BaseRollouts, resample
+from gpo_fast.experience import Experience, TrainingRow
 from gpo_fast.forest import TokenForest
-from gpo_fast.rewards import RewardFunctions
+from gpo_fast.pairs import preference_rows
+from gpo_fast.ranks import ALONE, Ranks
+from gpo_fast.rewards import RewardFunctions, overlong_punishment
 from gpo_fast.rollout.types import Completion, Request
 
 PhaseCallback = Callable[[str], None]
-
-
-@dataclass
-class TrainingRow:
-    """Tokens to learn from: `token_ids` were sampled after `context_ids` (prompt and, after a reset, the prefix).
-
-    `node` is the experience's forest node whose own tokens they are; None: it is in no forest.
-    """
-
-    context_ids: list[int]
-    token_ids: list[int]
-    sampling_logprobs: list[float]
-    advantage: float
-    kind: Literal["base", "reset", "search"]
-    node: int | None = None
-
-
-@dataclass
-class Experience:
-    """What one iteration sampled."""
-
-    rows: list[TrainingRow]
-    metrics: dict[str, float]
-    trajectories: list[dict[str, Any]] = field(default_factory=list)  # searched ones, for the report
-    forest: TokenForest = field(default_factory=TokenForest)
 
 
 @dataclass
@@ -58,7 +39,7 @@ class _Searched:
     example: int
     completion: Completion
     reward: float
-    node: int
+    row: TrainingRow
     critical: CriticalStep | None = None
     resets: list[Completion] = field(default_factory=list)
     reset_rewards: list[float] = field(default_factory=list)
@@ -96,68 +77,110 @@ class GuidedSampler:
         config: GPOConfig,
         max_length: int,
         on_phase: PhaseCallback | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.engine = engine
         self.rewards = rewards
         self.config = config
         self.max_length = max_length
         self.on_phase = on_phase
+        self.ranks = ranks
         self.splitter = config.splitter()
 
-    def collect(self, examples: Sequence[Example], seed: int) -> Experience:
-        """One iteration's experience. The same seed and weights give the same experience."""
+    def collect(self, examples: Sequence[Example], seed: int, pool: Any = None) -> Experience:
+        """One iteration's experience. The same seed and weights give the same experience.
+
+        Args:
+            pool: the data set from which dynamic sampling takes other prompts; the examples themselves if None.
+        """
         config, timer = self.config, PhaseTimer(self.on_phase)
         forest = TokenForest()
-        prompts = [encode_prompt(e["prompt"], self.engine.tokenizer, self.max_length) for e in examples]
-        roots = [forest.add_prompt(ids) for ids in prompts]
         seeds = np.random.SeedSequence([seed, 0x6770]).generate_state(2 * len(examples) + 2).tolist()
-
-        with timer("rollout"):
-            base = self.engine.generate(
-                [
-                    Request(ids, config.num_generations, self._sampling(len(ids)), seed=seeds[i], keep=config.use_gpo)
-                    for i, ids in enumerate(prompts)
-                ]
-            )
-        owner = [c.request_index for c in base]
-        with timer("reward"):
-            base_rewards = self._score(base, owner, examples)
+        base = self._sample_base(examples, seeds, timer)
+        if config.dynamic_sampling_rounds:
+            self._resample(base, examples if pool is None else pool, seed, timer)
+        examples = base.examples
+        roots = [forest.add_prompt(base.prompt(group)) for group in range(len(examples))]
         nodes = [
-            forest.branch(roots[i], len(prompts[i]), c.token_ids, logprobs=c.logprobs, reward=float(r))
-            for c, i, r in zip(base, owner, base_rewards)
+            forest.branch(
+                roots[c.request_index], len(c.prompt_token_ids), c.token_ids, logprobs=c.logprobs, reward=float(r)
+            )
+            for c, r in zip(base.completions, base.rewards.ravel())
         ]
-        grouped = base_rewards.reshape(len(examples), config.num_generations)
-        rows = self._rows(base, self._advantages(grouped).ravel(), "base", nodes)
+        rows = self._rows(base.completions, base.rewards, "base", nodes)
+        groups = [rows[i : i + config.num_generations] for i in range(0, len(rows), config.num_generations)]
 
         searched: list[_Searched] = []
         if config.use_gpo:
-            searched = self._choose_searched(base, grouped, nodes)
+            searched = self._choose_searched(base, rows)
+            reset_groups: list[list[TrainingRow]] = []
             if searched:
                 with timer("search"):
-                    self._search(searched, examples, grouped, seeds[-1], timer)
+                    self._search(searched, examples, base.rewards, seeds[-1], timer)
                 with timer("reset"):
-                    rows += self._reset(searched, examples, seeds, forest, timer)
+                    reset_groups = self._reset(searched, examples, seeds, forest, timer)
+            groups = reset_groups if config.learns_from_pairs else groups + reset_groups
+        rows = self._trained(groups)
         return Experience(
             rows,
-            self._metrics(base, grouped, rows, searched, forest, timer),
+            self._metrics(base, rows, searched, forest, timer),
             [self._describe(s, examples) for s in searched[: config.num_logged_trajectories]],
             forest,
         )
 
-    def score_once(self, examples: Sequence[Example], temperature: float, seed: int = 0) -> np.ndarray:
-        """Rewards of one completion of each example's prompt, shape (n,). The same seed draws the same."""
+    def score_once(self, examples: Sequence[Example], temperature: float, seeds: Sequence[int]) -> np.ndarray:
+        """Rewards of one completion of each example's prompt, shape (n,). The same seeds draw the same."""
         prompts = [encode_prompt(e["prompt"], self.engine.tokenizer, self.max_length) for e in examples]
         requests = [
-            Request(ids, 1, replace(self._sampling(len(ids)), temperature=temperature), seed=seed + i)
-            for i, ids in enumerate(prompts)
+            Request(ids, 1, replace(self._sampling(len(ids)), temperature=temperature), seed=seed)
+            for ids, seed in zip(prompts, seeds)
         ]
-        return self._score(self.engine.generate(requests), range(len(examples)), examples)
+        return self._outcomes(self.engine.generate(requests), range(len(examples)), examples)
+
+    def _sample_base(self, examples: Sequence[Example], seeds: Sequence[int], timer: PhaseTimer) -> BaseRollouts:
+        """`num_generations` completions of each example, and their rewards."""
+        prompts = [encode_prompt(e["prompt"], self.engine.tokenizer, self.max_length) for e in examples]
+        requests = [
+            Request(ids, self.config.num_generations, self._sampling(len(ids)), seed=seed, keep=self.config.use_gpo)
+            for ids, seed in zip(prompts, seeds)
+        ]
+        with timer("rollout"):
+            drawn = self.engine.generate(requests)
+        with timer("reward"):
+            outcomes = self._outcomes(drawn, [c.request_index for c in drawn], examples)
+        shape = (len(examples), self.config.num_generations)
+        rewards = (outcomes + self._punishment(drawn)).reshape(shape)
+        return BaseRollouts(
+            list(examples),
+            drawn,
+            outcomes.reshape(shape),
+            rewards,
+            len(drawn),
+            sum(len(c.token_ids) for c in drawn),
+        )
+
+    def _resample(self, base: BaseRollouts, pool: Any, seed: int, timer: PhaseTimer) -> None:
+        def draw(examples: Sequence[Example], round_: int) -> BaseRollouts:
+            seeds = np.random.SeedSequence([seed, 0x6461, round_]).generate_state(len(examples)).tolist()
+            return self._sample_base(examples, seeds, timer)
+
+        resample(base, draw, pool, np.random.default_rng([seed, 0x6461]), self.config.dynamic_sampling_rounds)
 
     def _sampling(self, prompt_length: int) -> Any:
         room = self.max_length - prompt_length
         return self.config.sampling_params(max_tokens=min(self.config.max_completion_length, room))
 
     def _score(
+        self, completions: Sequence[Completion], owner: Sequence[int], examples: Sequence[Example]
+    ) -> np.ndarray:
+        """What is trained on: the outcomes with the punishment of long completions. float64, shape (n,)."""
+        return self._outcomes(completions, owner, examples) + self._punishment(completions)
+
+    def _punishment(self, completions: Sequence[Completion]) -> np.ndarray:
+        lengths = [len(c.token_ids) for c in completions]
+        return overlong_punishment(lengths, self.config.max_completion_length, self.config.soft_punish_cache)
+
+    def _outcomes(
         self, completions: Sequence[Completion], owner: Sequence[int], examples: Sequence[Example]
     ) -> np.ndarray:
         """Rewards of whole completions; `owner[i]` is the example of completion i. float64, shape (n,)."""
@@ -172,41 +195,68 @@ class GuidedSampler:
         return self.rewards(prompts, shown, [c.token_ids for c in completions], columns).total
 
     def _advantages(self, rewards: np.ndarray) -> np.ndarray:
-        """Group-relative advantages of GRPO (arXiv 2402.03300): rewards (groups, n) -> (groups, n)."""
+        """Advantages relative to the group (GRPO, arXiv 2402.03300): rewards (groups, n) -> (groups, n).
+
+        Of "rloo" relative to the group's other completions (arXiv 2402.14740). A critic's are scaled later, all
+        together.
+        """
+        config, width = self.config, rewards.shape[1]
         centred = rewards - rewards.mean(axis=1, keepdims=True)
-        if self.config.scale_rewards:
+        if config.loss_type == "rloo":
+            centred = centred * (width / (width - 1))  # r - (the others' mean)
+        if config.scale_rewards and config.critic == "group":
             centred = centred / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-4)
         return centred
 
-    @staticmethod
     def _rows(
-        completions: Sequence[Completion], advantages: Sequence[float] | np.ndarray, kind: Any, nodes: Sequence[int]
+        self, completions: Sequence[Completion], rewards: np.ndarray, kind: Any, nodes: Sequence[int]
     ) -> list[TrainingRow]:
+        """Rows of groups of completions with the rewards (groups, n)."""
         return [
-            TrainingRow(c.prompt_token_ids, c.token_ids, c.sampling_logprobs, float(a), kind, node)
-            for c, a, node in zip(completions, advantages, nodes)
+            TrainingRow(
+                c.prompt_token_ids,
+                c.token_ids,
+                c.sampling_logprobs,
+                float(a),
+                kind,
+                node,
+                reward=float(r),
+                truncated=c.finish_reason == "length",
+            )
+            for c, a, r, node in zip(completions, self._advantages(rewards).ravel(), rewards.ravel(), nodes)
         ]
 
-    def _choose_searched(
-        self, base: Sequence[Completion], grouped: np.ndarray, nodes: Sequence[int]
-    ) -> list[_Searched]:
+    def _trained(self, groups: Sequence[Sequence[TrainingRow]]) -> list[TrainingRow]:
+        """The rows of the groups as the base algorithm learns from them."""
+        config = self.config
+        if config.mask_truncated_completions:
+            groups = [[row for row in group if not row.truncated] for group in groups]
+        if config.learns_from_pairs:
+            return preference_rows(groups, config.max_pairs)
+        rows = [row for group in groups for row in group]
+        if config.critic == "monte_carlo" and config.scale_rewards:
+            scale_advantages(rows, self.ranks, centre=False)
+        return rows
+
+    def _choose_searched(self, base: BaseRollouts, rows: Sequence[TrainingRow]) -> list[_Searched]:
         """Trajectories that are worth a search, in order, as many as `max_searches` and `search_budget` allow."""
-        config, width = self.config, grouped.shape[1]
+        config, grouped = self.config, base.rewards
+        completions, width = base.completions, grouped.shape[1]
         chosen = [int(i) for i in _search_rule(config.search)(grouped)]
         if any(not 0 <= i < grouped.size for i in chosen):
             raise ValueError(f"search chose {chosen}, but there are only the trajectories 0 to {grouped.size - 1}")
         chosen = chosen[: config.max_searches]
         if config.search_budget is not None:
-            left = config.search_budget * sum(len(c.token_ids) for c in base)
+            left = config.search_budget * sum(len(c.token_ids) for c in completions)
             finder = self._finder(lambda completions: [], 0)
             affordable = []
             for i in chosen:
-                left -= finder.most_tokens(base[i])
+                left -= finder.most_tokens(completions[i])
                 if left < 0:
                     break
                 affordable.append(i)
             chosen = affordable
-        return [_Searched(i // width, base[i], float(grouped.flat[i]), nodes[i]) for i in chosen]
+        return [_Searched(i // width, completions[i], float(grouped.flat[i]), rows[i]) for i in chosen]
 
     def _finder(self, outcome: OutcomeReward, seed: int) -> CriticalStepFinder:
         config = self.config
@@ -245,6 +295,10 @@ class GuidedSampler:
         )
         for trajectory, critical in zip(searched, found):
             trajectory.critical = critical
+            if self.config.critic == "monte_carlo":
+                trajectory.row.token_advantages = monte_carlo_advantages(
+                    critical, self.config.gamma, self.config.gae_lambda
+                )
 
     def _reset(
         self,
@@ -253,8 +307,8 @@ class GuidedSampler:
         seeds: Sequence[int],
         forest: TokenForest,
         timer: PhaseTimer,
-    ) -> list[TrainingRow]:
-        """New rollouts from each critical step, as training rows."""
+    ) -> list[list[TrainingRow]]:
+        """New rollouts from each critical step, as groups of training rows."""
         requests = []
         for n, s in enumerate(searched):
             assert s.critical is not None
@@ -274,54 +328,64 @@ class GuidedSampler:
         whole = [CriticalStepFinder.whole(searched[c.request_index].completion, c) for c in drawn]
         with timer("reward"):
             rewards = self._score(whole, [searched[c.request_index].example for c in drawn], examples)
-        rows: list[TrainingRow] = []
+        groups: list[list[TrainingRow]] = []
         width = self.config.num_resets
         for n, s in enumerate(searched):
             assert s.critical is not None
             mine = slice(n * width, (n + 1) * width)
             group, group_rewards = drawn[mine], rewards[mine].tolist()
             s.resets, s.reset_rewards = group, group_rewards
+            assert s.row.node is not None
             at = len(s.completion.prompt_token_ids) + s.critical.token_position
             reused = s.critical.reusable
             group_rewards = [*group_rewards, *s.critical.reusable_rewards]
             nodes = [
-                forest.branch(s.node, at, c.token_ids, logprobs=c.logprobs, reward=r)
+                forest.branch(s.row.node, at, c.token_ids, logprobs=c.logprobs, reward=r)
                 for c, r in zip([*group, *reused], group_rewards)
             ]
             if len(group_rewards) < 2:
                 continue
-            advantages = self._advantages(np.asarray([group_rewards]))[0]
-            rows += self._rows(group, advantages[:width], "reset", nodes[:width])
-            rows += self._rows(reused, advantages[width:], "search", nodes[width:])
-        return rows
+            rows = self._rows([*group, *reused], np.asarray([group_rewards]), "reset", nodes)
+            for row in rows[width:]:
+                row.kind = "search"
+            for row in rows:
+                row.priority = max(0.0, float(SCORES[self.config.criterion](s.critical.advantages[s.critical.index])))
+            groups.append(rows)
+        return groups
 
     def _metrics(
         self,
-        base: Sequence[Completion],
-        grouped: np.ndarray,
+        base: BaseRollouts,
         rows: Sequence[TrainingRow],
         searched: Sequence[_Searched],
         forest: TokenForest,
         timer: PhaseTimer,
     ) -> dict[str, float]:
-        lengths = [len(c.token_ids) for c in base]
+        completions, outcomes = base.completions, base.outcomes
+        lengths = [len(c.token_ids) for c in completions]
         found = [s.critical for s in searched if s.critical is not None]
         search_tokens = sum(c.num_tokens for c in found)
         reset_rewards = [r for s in searched for r in s.reset_rewards]
         metrics = {
-            "reward": float(grouped.mean()),
-            "reward_std": float(grouped.std(axis=1).mean()),
-            "mixed_groups": float((grouped.max(axis=1) > grouped.min(axis=1)).mean()),
+            "reward": float(outcomes.mean()),
+            "reward_std": float(outcomes.std(axis=1).mean()),
+            "mixed_groups": float(base.is_mixed().mean()),
             "completion_length": float(np.mean(lengths)),
-            "truncated": float(np.mean([c.finish_reason == "length" for c in base])),
-            "num_rollouts": float(len(base) + len(reset_rewards) + sum(c.num_rollouts for c in found)),
+            "truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
+            "num_rollouts": float(base.sampled_rollouts + len(reset_rewards) + sum(c.num_rollouts for c in found)),
             "num_searches": float(len(found)),
             "num_search_tokens": float(search_tokens),
             "num_tokens": float(
-                sum(lengths) + search_tokens + sum(len(r.token_ids) for r in rows if r.kind == "reset")
+                base.sampled_tokens + search_tokens + sum(len(c.token_ids) for s in searched for c in s.resets)
             ),
             "shared_tokens": 1 - forest.unique_tokens / max(1, forest.total_tokens),
         }
+        if self.config.dynamic_sampling_rounds:
+            metrics["resampling_rounds"] = float(base.rounds)
+        if self.config.soft_punish_cache:
+            metrics["overlong_punishment"] = float((base.rewards - outcomes).mean())
+        if self.config.learns_from_pairs:
+            metrics["num_pairs"] = len(rows) / 2
         if reset_rewards:
             metrics["reset_reward"] = float(np.mean(reset_rewards))
             advantages = [c.advantages[c.index] for c in found]

@@ -108,6 +108,18 @@ class RewardFunctions:
         return checked
 
 
+def overlong_punishment(lengths: Sequence[int], max_length: int, cache: int) -> np.ndarray:
+    """DAPO's soft punishment of long completions (arXiv 2503.14476, equation 13): float64 (n,), from 0 down to -1.
+
+    Args:
+        lengths: of n completions, in tokens.
+        cache: the last so many tokens before `max_length` in which it falls, in a line; 0 is off.
+    """
+    if cache == 0:
+        return np.zeros(len(lengths))
+    return np.clip((max_length - cache - np.asarray(lengths, dtype=np.float64)) / cache, -1.0, 0.0)
+
+
 async def _finish(awaitable: Any) -> Any:
     return await awaitable
 

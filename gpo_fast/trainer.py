@@ -1,7 +1,8 @@
 """GPOTrainer: Procedure I of GPO (arXiv 2509.16456) on Hugging Face's Trainer.
 
 A training step takes a batch of prompts, collects experience (`procedure.GuidedSampler`) and makes one update of
-the base algorithm. Trainer brings optimiser, schedule, logging, checkpoints and callbacks.
+the base algorithm: a policy loss, or, with iterated Procedure II, a preference loss on pairs. Trainer brings
+optimiser, schedule, logging, checkpoints and callbacks.
 """
 
 from __future__ import annotations
@@ -12,28 +13,36 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import Trainer
 
 import gpo_fast
 from gpo_fast.config import GPOConfig
+from gpo_fast.critic import ValueHead, explained_variance, scale_advantages, set_advantages
 from gpo_fast.data import check_dataset
+from gpo_fast.experience import Experience, TrainingRow, inseparable
 from gpo_fast.forest import TokenForest
-from gpo_fast.losses import linear_policy_loss
 from gpo_fast.losses.linear_logprob import HeadInputs
 from gpo_fast.losses.shared_rows import token_logprobs
-from gpo_fast.procedure import Experience, GuidedSampler, TrainingRow
+from gpo_fast.objective import Totals, policy_objective, preference_objective
+from gpo_fast.procedure import GuidedSampler
+from gpo_fast.ranks import Ranks, merge_pending
+from gpo_fast.replay import ReplayBuffer, plant
 from gpo_fast.rewards import RewardFunctions
 from gpo_fast.rollout import RolloutEngine
 from gpo_fast.run_files import COMPLETE_MARK, RunFiles, write_atomically
 from gpo_fast.self_check import compare_gradients, gradient_tolerance
 from gpo_fast.training_batch import TrainingBatch, padded_batches, tree_batches
 
+VALUE_HEAD_FILE = "value_head.safetensors"
 KL_ROWS = 8  # rows on which the divergence from the reference is measured when it is not part of the loss
 
 
@@ -64,7 +73,7 @@ class RepeatSampler(Sampler[int]):
 
 
 class GPOTrainer(Trainer):
-    """Trains a causal language model with GPO on top of a policy-gradient algorithm.
+    """Trains a causal language model with GPO on top of a policy-gradient or a preference algorithm.
 
     Args:
         model: a transformers causal LM or a path or hub id of one.
@@ -108,8 +117,6 @@ class GPOTrainer(Trainer):
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
         self.run_files = RunFiles(args.output_dir or "gpo-run")
-        if args.world_size > 1:
-            raise ValueError(f"GPOTrainer runs on one process so far, got a world of {args.world_size}")
         if isinstance(model, str):
             path = model
             model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
@@ -123,7 +130,7 @@ class GPOTrainer(Trainer):
             model = get_peft_model(model, peft_config)
         self._is_peft = hasattr(model, "disable_adapter")
         self._reference = None
-        if args.beta > 0 and not self._is_peft:
+        if args.uses_reference and not self._is_peft:
             self._reference = copy.deepcopy(model).eval().requires_grad_(False)
         _refuse_dropout(model)
         super().__init__(
@@ -137,6 +144,12 @@ class GPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "GPOTrainer holds the whole model on every process: start it with `accelerate launch` in its "
+                "multi-GPU or multi-CPU mode, without FSDP and DeepSpeed"
+            )
+        self.ranks = Ranks(args.process_index, args.world_size, args.device)
         self.engine = RolloutEngine(
             self.model,
             processing_class,
@@ -145,9 +158,13 @@ class GPOTrainer(Trainer):
             seed=args.seed,
         )
         self.rewards = RewardFunctions(reward_funcs, weights=args.reward_weights)
-        self.sampler = GuidedSampler(self.engine, self.rewards, args, self.engine.max_length, on_phase)
+        self.sampler = GuidedSampler(self.engine, self.rewards, args, self.engine.max_length, on_phase, self.ranks)
         self.on_phase = on_phase or (lambda phase: None)
         self.run_description = run_description or {}
+        self.value_head: ValueHead | None = None
+        if args.critic == "value_head":
+            self.value_head = ValueHead(self._head().in_features, args.device)
+        self.replay = ReplayBuffer(args.replay_size) if args.replay_size > 0 else None
         self._pending: list[list[TrainingRow]] = []  # minibatches of the last experience still to be trained on
         self._forest = TokenForest()  # the one that their nodes belong to
         self._self_checks_left = args.self_check_steps if args.packing == "tree" else 0
@@ -157,7 +174,9 @@ class GPOTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         length = len(train_dataset if train_dataset is not None else self.train_dataset)
-        return RepeatSampler(length, self._train_batch_size, self.args.steps_per_generation, self.args.seed)
+        # accelerate deals batches to the processes in turn: a repetition has to begin with the first process again.
+        batch_size = self._train_batch_size * self.ranks.count
+        return RepeatSampler(length, batch_size, self.args.steps_per_generation, self.args.seed)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One optimiser step's forward and backward; `inputs` is a list of examples."""
@@ -167,14 +186,16 @@ class GPOTrainer(Trainer):
         experience: Experience | None = None
         if not self._pending:
             self.engine.update_weights()
-            experience = self.sampler.collect(inputs, seed=self.args.seed * 1_000_003 + step)
-            self._pending, self._forest = self._minibatches(experience.rows), experience.forest
+            seed = (self.args.seed * 1_000_003 + step) * self.ranks.count + self.ranks.index
+            experience = self._collect(inputs, seed)
+            self._pending = self._minibatches(experience.rows)
         self.on_phase("train")
         train_start = time.perf_counter()
         loss, metrics = self._update(model, self._pending.pop(0))
         train_seconds = time.perf_counter() - train_start
         if experience is not None:
             metrics |= experience.metrics
+        metrics = self.ranks.merge_metrics(metrics)
         phases = {k.split("/")[1]: metrics.pop(k) for k in list(metrics) if k.startswith("seconds/")}
         phases["train"] = train_seconds
         total = time.perf_counter() - start
@@ -188,8 +209,9 @@ class GPOTrainer(Trainer):
             **metrics,
             "seconds": phases,
         }
-        self.run_files.metrics(record)
-        if experience is not None:
+        if self.is_world_process_zero():
+            self.run_files.metrics(record)
+        if experience is not None and self.is_world_process_zero():
             self.run_files.trajectories([{"step": step + 1, **t} for t in experience.trajectories])
         self._last_metrics = metrics
         return loss
@@ -221,7 +243,12 @@ class GPOTrainer(Trainer):
     def sample_rewards(self, examples: Sequence[dict[str, Any]], seed: int = 0) -> torch.Tensor:
         """Rewards of one completion for each example with the present weights. float64, shape (n,)."""
         self.engine.update_weights()
-        return torch.from_numpy(self.sampler.score_once(examples, self.args.temperature, seed))
+        places = self.ranks.share(range(len(examples)))
+        mine = self.sampler.score_once([examples[i] for i in places], self.args.temperature, [seed + i for i in places])
+        rewards = torch.empty(len(examples), dtype=torch.float64)
+        for rank, part in enumerate(self.ranks.gather(torch.from_numpy(mine))):
+            rewards[rank :: self.ranks.count] = part
+        return rewards
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         if isinstance(resume_from_checkpoint, str | Path):
@@ -229,44 +256,101 @@ class GPOTrainer(Trainer):
             if not mark.is_file():
                 raise ValueError(f"{resume_from_checkpoint} is not a whole checkpoint: it has no {COMPLETE_MARK}")
             state = json.loads(mark.read_text(encoding="utf-8"))
-            self._pending = [[TrainingRow(**row) for row in batch] for batch in state["pending"]]
-            self._forest = TokenForest.from_structure(state.get("forest", []))
+            # Of another number of processes, each takes over what it can get of theirs.
+            mine = merge_pending(self.ranks.share(state["ranks"]))
+            longest = max(len(s["pending"]) for s in state["ranks"])
+            mine["pending"] += [[] for _ in range(longest - len(mine["pending"]))]
+            self._pending = [[TrainingRow(**row) for row in batch] for batch in mine["pending"]]
+            self._forest = TokenForest.from_structure(mine["forest"])
+            self._load_algorithm(Path(resume_from_checkpoint), state)
             resume_from_checkpoint = str(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        # Written last: a checkpoint without it was cut off and is never resumed from.
         pending = [[asdict(row) for row in batch] for batch in self._pending]
-        forest = self._forest.structure() if pending else []
-        state = {"version": gpo_fast.__version__, "pending": pending, "forest": forest}
-        write_atomically(folder / COMPLETE_MARK, json.dumps(state))
+        own = {
+            "pending": pending,
+            "forest": self._forest.structure() if pending else [],
+            "replay": [] if self.replay is None else self.replay.state(),
+        }
+        ranks = self.ranks.gather(own)  # comes back when every process has written its files
+        if not self.is_world_process_zero():
+            return
+        if self.value_head is not None:
+            save_file(self.value_head.state_dict(), folder / VALUE_HEAD_FILE)
+        # Written last: a checkpoint without it was cut off and is never resumed from.
+        write_atomically(folder / COMPLETE_MARK, json.dumps({"version": gpo_fast.__version__, "ranks": ranks}))
+
+    def _load_algorithm(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """What the value head and the replay buffer were at a checkpoint."""
+        if self.replay is not None:
+            self.replay.load([row for rank in self.ranks.share(state["ranks"]) for row in rank["replay"]])
+        if self.value_head is not None:
+            path = checkpoint / VALUE_HEAD_FILE
+            if not path.is_file():
+                raise ValueError(f"{checkpoint} is of a run without a value head: set critic='group' to go on from it")
+            self.value_head.load_state_dict(load_file(path))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's, with the value head as a group of its own."""
+        optimizer = super().create_optimizer(model)
+        if self.value_head is not None:
+            own = list(self.value_head.parameters())
+            if not any(own[0] is p for group in optimizer.param_groups for p in group["params"]):
+                optimizer.add_param_group(
+                    {"params": own, "lr": self.args.value_head_learning_rate, "weight_decay": 0.0}
+                )
+        return optimizer
 
     # -- the update -----------------------------------------------------------------------------------------
+
+    def _collect(self, inputs: Any, seed: int) -> Experience:
+        """New experience, with a critic's advantages and with what is replayed."""
+        experience = self.sampler.collect(inputs, seed, self.train_dataset)
+        self._forest = experience.forest
+        experience.metrics |= self._estimate_values(experience.rows)
+        if self.replay is not None:
+            new = [row for row in experience.rows if row.kind != "base"]
+            count = round(self.args.replay_ratio * len(new))
+            replayed = self.replay.sample(count, np.random.default_rng([seed, 0x7265]))
+            experience.rows += plant(replayed, experience.forest)
+            experience.metrics["num_replayed"] = float(len(replayed))
+            self.replay.add(new)
+        return experience
 
     def _minibatches(self, rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
         """Each of the `steps_per_generation` minibatches gets its share of the rows."""
         parts = self.args.steps_per_generation
-        return [list(rows[i::parts]) for i in range(parts)]
+        units = inseparable(rows)
+        return [[row for unit in units[i::parts] for row in unit] for i in range(parts)]
 
     def _update(self, model: Any, rows: Sequence[TrainingRow]) -> tuple[torch.Tensor, dict[str, float]]:
         """Forward and backward over the rows in microbatches; normalisers are those of all rows together."""
         model.train()
         args = self.args
-        # A row without advantage has no gradient unless it is held to the reference.
-        useful = [r for r in rows if r.token_ids and (r.advantage != 0 or args.beta > 0 or args.loss_type == "awr")]
+        # A row without advantage has no gradient unless it is held to the reference or has a value to learn.
+        every = args.learns_from_pairs or args.beta > 0 or args.loss_type == "awr" or self.value_head is not None
+        useful = [r for r in rows if r.token_ids and (every or r.has_advantage)]
+        totals = Totals(*self.ranks.sum(Totals.of(rows)))
+        batches = self._batches(useful)
+        references = self._references(batches)
+        reference_kl = self._kto_baseline(batches, references) if args.loss_type == "kto" else 0.0
         check = self._self_checks_left > 0 and bool(useful)
         if check:
             self._self_checks_left -= 1
-            expected = self._padded_gradients(model, rows, useful)
-        total, sums, logprobs = self._backward(rows, self._batches(useful))
+            expected = self._padded_gradients(model, useful, totals, reference_kl)
+        total, metrics, logprobs = self._backward(batches, references, totals, reference_kl)
         if check:
             compare_gradients(model, total, *expected, tolerance=gradient_tolerance(model, self.args.bf16))
-        num_tokens = sum(len(r.token_ids) for r in useful)
-        metrics = {name: value / num_tokens for name, value in sums.items()} if useful else {}
+        value_parameters = [] if self.value_head is None else [*self.value_head.parameters()]
+        self.ranks.add_gradients([*model.parameters(), *value_parameters])
+        if value_parameters and args.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(value_parameters, args.max_grad_norm)
+        total = total.new_tensor(self.ranks.sum([float(total)])[0])
         metrics["trained_rows"] = float(len(useful))
-        if args.beta == 0 and self._is_peft and useful:
+        if not args.uses_reference and self._is_peft and useful:
             few = useful[:: max(1, len(useful) // KL_ROWS)][:KL_ROWS]
             metrics["kl"] = self._measured_kl(few, logprobs)
         return total, metrics
@@ -278,79 +362,109 @@ class GPOTrainer(Trainer):
         return tree_batches(rows, self._forest, budget, device)
 
     def _backward(
-        self, rows: Sequence[TrainingRow], batches: Sequence[TrainingBatch]
+        self,
+        batches: Sequence[TrainingBatch],
+        references: Sequence[torch.Tensor],
+        totals: Totals,
+        reference_kl: float,
     ) -> tuple[torch.Tensor, dict[str, float], dict[int, torch.Tensor]]:
-        """Adds to the gradients; gives the loss, sums of metrics over tokens, and each row's logprobs by its id."""
+        """Adds to the gradients; gives the loss, means of metrics, and each row's logprobs by its id.
+
+        Loss and gradients are this process's part of those of all: `totals` and `reference_kl` are everyone's.
+        """
         args = self.args
+        if self.value_head is not None:
+            self.value_head.zero_grad()
         total = torch.zeros((), device=args.device)
         sums: dict[str, float] = {}
+        weights = 0.0
         logprobs: dict[int, torch.Tensor] = {}
-        for batch in batches:
+        for batch, reference in zip_longest(batches, references):
             with batch.attention(self.model):
                 with self.compute_loss_context_manager():
-                    reference = self._reference_logprobs(batch) if args.beta > 0 else None
-                    output = linear_policy_loss(
-                        batch.hidden(self._base_model().get_decoder()),
-                        self._head().weight,
-                        batch.targets,
-                        loss_type=args.loss_type,  # type: ignore[arg-type]
-                        advantages=batch.advantages,
-                        sequence_ids=batch.sequence_ids,
-                        shared=batch.shared,
-                        old_logprobs=batch.old_logprobs if args.steps_per_generation > 1 else None,
-                        ref_logprobs=reference,
-                        num_sequences=max(1, len(rows)),
-                        num_tokens=max(1, sum(len(r.token_ids) for r in rows)),
-                        epsilon=args.epsilon,
-                        epsilon_high=args.epsilon_high,
-                        beta=args.beta,
-                        max_completion_length=args.max_completion_length,
-                        temperature=args.temperature,
-                        **self._head_options(),
-                    )
+                    hidden = batch.hidden(self._base_model().get_decoder())
+                    head = {"hidden": hidden, "weight": self._head().weight, **self._head_options()}
+                    if args.learns_from_pairs:
+                        output = preference_objective(batch, head, args, totals, reference, reference_kl)
+                    else:
+                        output = policy_objective(batch, head, args, totals, reference)
+                    if self.value_head is not None:
+                        output = self.value_head.with_loss(output, batch, hidden, args, totals.tokens)
                 self.accelerator.backward(output.loss)
             total += output.loss.detach()
+            weight = len(batch.rows) if args.learns_from_pairs else len(batch.targets)
+            weights += weight
             for name, value in output.metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(batch.targets)
-            sums["logprob"] = sums.get("logprob", 0.0) + float(output.logprobs.sum())
-            lengths = [len(row.token_ids) for row in batch.rows]
-            logprobs |= {id(row): own for row, own in zip(batch.rows, output.logprobs.split(lengths))}
-        return total, sums, logprobs
+                sums[name] = sums.get(name, 0.0) + float(value) * weight
+            logprobs |= {id(row): own for row, own in zip(batch.rows, output.logprobs.split(batch.lengths))}
+        metrics = {name: value / weights for name, value in sums.items()}
+        if batches:
+            metrics["logprob"] = float(torch.cat(list(logprobs.values())).mean())
+        return total, metrics, logprobs
+
+    def _references(self, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:
+        """Log-probabilities [T] of each batch under the reference; none where the loss needs none."""
+        return [self._logprobs(b, reference=True) for b in batches if self.args.uses_reference]
 
     @torch.no_grad()
-    def _reference_logprobs(self, batch: TrainingBatch) -> torch.Tensor:
-        """Log-probabilities [T] under the reference: the base without adapter, or a frozen copy."""
-        model = self._reference if self._reference is not None else self.model
+    def _logprobs(self, batch: TrainingBatch, *, reference: bool) -> torch.Tensor:
+        """Log-probabilities [T] under the policy or the reference: the base without adapter, or a frozen copy."""
+        model = self._reference if reference and self._reference is not None else self.model
         base = _base_of(model)
-        with batch.attention(model), model.disable_adapter() if self._is_peft else nullcontext():
+        adapter = model.disable_adapter() if reference and self._is_peft else nullcontext()
+        with self.compute_loss_context_manager(), batch.attention(model), adapter:
             logprobs, _ = token_logprobs(
                 batch.hidden(base.get_decoder()),
                 batch.targets,
-                HeadInputs(
-                    base.get_output_embeddings().weight, temperature=self.args.temperature, **self._head_options()
-                ),
+                HeadInputs(base.get_output_embeddings().weight, **self._head_options()),
                 batch.shared,
                 want_entropy=False,
                 entropy_needs_grad=False,
             )
         return logprobs
 
+    def _kto_baseline(self, batches: Sequence[TrainingBatch], references: Sequence[torch.Tensor]) -> float:
+        """KTO's estimate of KL(policy || reference) per completion, at least 0 (arXiv 2402.01306, section 4.1).
+
+        KTO takes completions of other prompts for it, because its own are not the policy's. Here they are, so the
+        mean log-ratio of the rows themselves estimates it.
+        """
+        differences = [self._logprobs(b, reference=False) - ref for b, ref in zip(batches, references)]
+        total = sum(float(difference.double().sum()) for difference in differences)
+        everywhere, count = self.ranks.sum([total, float(sum(len(batch.rows) for batch in batches))])
+        return max(0.0, everywhere / max(1.0, count))
+
+    def _estimate_values(self, rows: Sequence[TrainingRow]) -> dict[str, float]:
+        """Gives each row the value head's values, advantages and returns."""
+        rows = [row for row in rows if row.token_ids]
+        if self.value_head is None:
+            return {}
+        for batch in self._batches(rows):
+            with torch.no_grad(), self.compute_loss_context_manager(), batch.attention(self.model):
+                values = self.value_head(batch.hidden(self._base_model().get_decoder()))[batch.row_of_token]
+            for row, own in zip(batch.rows, values.split(batch.lengths)):
+                set_advantages(row, own.tolist(), self.args.gamma, self.args.gae_lambda)
+        explained = {"explained_variance": explained_variance(rows)} if rows else {}
+        if self.args.scale_rewards:
+            scale_advantages(rows, self.ranks, centre=True)
+        return explained
+
     def _measured_kl(self, rows: Sequence[TrainingRow], logprobs: dict[int, torch.Tensor]) -> float:
         """Schulman's k3 estimate of KL(policy || reference) per token, on a few rows."""
         estimates = []
         for batch in self._batches(rows):
-            with self.compute_loss_context_manager():
-                reference = self._reference_logprobs(batch)
+            reference = self._logprobs(batch, reference=True)
             own = torch.cat([logprobs[id(row)] for row in batch.rows])
             difference = reference.double() - own.double()
             estimates.append(torch.expm1(difference) - difference)
         return float(torch.cat(estimates).mean())
 
     def _padded_gradients(
-        self, model: Any, rows: Sequence[TrainingRow], useful: Sequence[TrainingRow]
+        self, model: Any, useful: Sequence[TrainingRow], totals: Totals, reference_kl: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and gradients of the padded batch; the model's own gradients are left empty."""
-        loss, *_ = self._backward(rows, self._batches(useful, "padded"))
+        batches = self._batches(useful, "padded")
+        loss, *_ = self._backward(batches, self._references(batches), totals, reference_kl)
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad(set_to_none=True)
         return loss, gradients
@@ -368,12 +482,14 @@ class GPOTrainer(Trainer):
 
     def _head_options(self) -> dict[str, Any]:
         softcap = getattr(self._base_model().config.get_text_config(), "final_logit_softcapping", None)
-        return {"bias": self._head().bias, "softcap": softcap}
+        return {"bias": self._head().bias, "softcap": softcap, "temperature": self.args.temperature}
 
     def _begin_run(self, step: int) -> None:
         if self._began:
             return
         self._began = True
+        if not self.is_world_process_zero():
+            return
         self.run_files.begin(
             {
                 "title": "gpo-fast run",

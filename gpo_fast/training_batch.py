@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpo_fast.experience import TrainingRow, inseparable
 from gpo_fast.forest import TokenForest
 from gpo_fast.losses import SharedRows
 from gpo_fast.packing import pack_forest, plan_microbatches
-from gpo_fast.procedure import TrainingRow
 from gpo_fast.tree_attention import TreeShape, tree_attention_of
 
 
@@ -35,14 +35,32 @@ class TrainingBatch:
 
     @property
     def advantages(self) -> Tensor:
-        """float32 [S]."""
-        return self.targets.new_tensor([row.advantage for row in self.rows], dtype=torch.float32)
+        """float32 [S], or [T] where a critic has given one for each token."""
+        if all(row.token_advantages is None for row in self.rows):
+            return self.targets.new_tensor([row.advantage for row in self.rows], dtype=torch.float32)
+        return self.per_token("advantage_of_tokens")
 
     @property
-    def old_logprobs(self) -> Tensor:
-        """float32 [T]: as the sampler recorded them."""
-        flat = [logprob for row in self.rows for logprob in row.sampling_logprobs]
+    def desirable(self) -> Tensor:
+        """bool [S]: the better ones of their pairs."""
+        return torch.tensor([row.desirable for row in self.rows], device=self.targets.device)
+
+    def per_token(self, name: str) -> Tensor:
+        """float32 [T]: an attribute of the rows that holds a number for each token, such as `sampling_logprobs`."""
+        flat = [value for row in self.rows for value in getattr(row, name)]
         return self.targets.new_tensor(flat, dtype=torch.float32)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Loss tokens of each row."""
+        return [len(row.token_ids) for row in self.rows]
+
+    @property
+    def row_of_token(self) -> Tensor:
+        """int64 [T]: the row of the hidden states that predicts each loss token."""
+        if self.shared is not None:
+            return self.shared.row_of_token()
+        return torch.arange(len(self.targets), device=self.targets.device)
 
     def attention(self, model: Any) -> AbstractContextManager[None]:
         """The attention of this batch; forward and backward belong inside."""
@@ -60,19 +78,19 @@ class TrainingBatch:
 def padded_batches(
     rows: Sequence[TrainingRow], max_tokens: int, device: torch.device | str = "cpu"
 ) -> list[TrainingBatch]:
-    """Rows of similar length together; a batch holds at most `max_tokens` tokens with padding, or one row."""
+    """Rows of similar length together; a batch holds at most `max_tokens` tokens with padding, or one row or pair."""
     batches: list[list[TrainingRow]] = []
     width = 0
-    for row in sorted(rows, key=_length, reverse=True):
-        if not batches or width * (len(batches[-1]) + 1) > max_tokens:
+    for unit in sorted(inseparable(rows), key=lambda unit: max(map(_length, unit)), reverse=True):
+        if not batches or width * (len(batches[-1]) + len(unit)) > max_tokens:
             batches.append([])
-            width = _length(row)
-        batches[-1].append(row)
-    return [_padded_batch(batch, device) for batch in batches]
+            width = max(map(_length, unit))
+        batches[-1] += unit
+    return [_padded_batch([batch[i] for i in _chosen_first(batch)], device) for batch in batches]
 
 
 def _padded_batch(rows: list[TrainingRow], device: torch.device | str) -> TrainingBatch:
-    width = _length(rows[0])
+    width = max(map(_length, rows))
     # Padding stands on the right, so the causal mask alone keeps it from being seen: no mask is needed.
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
     picked = []
@@ -93,7 +111,7 @@ def _padded_batch(rows: list[TrainingRow], device: torch.device | str) -> Traini
 def tree_batches(
     rows: Sequence[TrainingRow], forest: TokenForest, max_tokens: int, device: torch.device | str = "cpu"
 ) -> list[TrainingBatch]:
-    """Rows as trees; a batch holds at most `max_tokens` unique tokens, or one row.
+    """Rows as trees; a batch holds at most `max_tokens` unique tokens, or one row or pair.
 
     Args:
         forest: the one that the rows' nodes belong to. A row without a node shares nothing.
@@ -102,8 +120,10 @@ def tree_batches(
         ValueError: a row's tokens are not those of its node.
     """
     forest, branches = _branches(rows, forest)
+    together = [place if row.pair is None else -1 - row.pair for place, row in enumerate(rows)]
     batches = []
-    for places in plan_microbatches(forest, branches, max_tokens):
+    for part in plan_microbatches(forest, branches, max_tokens, together):
+        places = [part[i] for i in _chosen_first([rows[p] for p in part])]
         packed = pack_forest(forest, [branches[p] for p in places])
         packed = (packed.filled() if torch.device(device).type == "cuda" else packed).to(device)
         batches.append(
@@ -135,6 +155,11 @@ def _branches(rows: Sequence[TrainingRow], forest: TokenForest) -> tuple[TokenFo
             raise ValueError(f"a training row's tokens are not those of its node {row.node}: it is of another forest")
         branches.append(row.node)
     return whole, branches
+
+
+def _chosen_first(rows: Sequence[TrainingRow]) -> list[int]:
+    """The order of a batch: as they are; of pairs the better ones, then the worse ones in the same order."""
+    return sorted(range(len(rows)), key=lambda i: (not rows[i].desirable, -1 if (p := rows[i].pair) is None else p))
 
 
 def _length(row: TrainingRow) -> int:

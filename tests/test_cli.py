@@ -66,6 +66,10 @@ def test_critical_eval_and_report(saved_model: Path, tmp_path: Path) -> None:
     table = RUNNER.invoke(cli.app, ["critical", *common], catch_exceptions=False)
     assert "advantage" in table.output
     assert "racing:" in table.output
+    by_pattern = ["--step-splitter", "regex", "--step-pattern", " ", "--min-step-tokens", "1", "--json"]
+    for limit, count in (([], 3), (["--max-steps", "2"], 2), (["--min-steps", "5"], 5)):
+        cut = RUNNER.invoke(cli.app, ["critical", *common, *by_pattern, *limit], catch_exceptions=False)
+        assert len(json.loads(cut.stdout.splitlines()[0])["steps"]) == count  # "one\nand ", "one\nis ", "2"
     options = ["eval", "--model", str(saved_model), "--dataset", str(data), "--max-tokens", "8"]
     scored = RUNNER.invoke(cli.app, options, catch_exceptions=False)
     assert "95 % interval" in scored.output

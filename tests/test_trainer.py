@@ -20,6 +20,7 @@ from gpo_fast.config import load_config
 from gpo_fast.procedure import GuidedSampler, TrainingRow
 from gpo_fast.report import write_report
 from gpo_fast.run_files import COMPLETE_MARK, RunFiles, last_checkpoint, read_records
+from gpo_fast.steps import METHODS
 
 PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
 
@@ -286,6 +287,12 @@ def test_bad_input_is_refused_with_what_would_be_right(tmp_path: Path) -> None:
 def test_bad_configurations_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("method", [*METHODS, lambda tokens, tokenizer: [1]])
+def test_every_step_splitter_can_be_configured(tmp_path: Path, method: object) -> None:
+    pattern = r"\." if method == "regex" else None
+    assert config(tmp_path, step_splitter=method, step_pattern=pattern).splitter().method == method
 
 
 def test_configuration_files(tmp_path: Path) -> None:

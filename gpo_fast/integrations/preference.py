@@ -24,6 +24,7 @@ from gpo_fast.data import (
     is_conversation,
 )
 from gpo_fast.integrations.preference_text import Format, TextPair, exact_text
+from gpo_fast.pairs import ranked_pairs
 from gpo_fast.procedure import search_mixed
 from gpo_fast.rewards import RewardFunctions
 from gpo_fast.rollout.types import Completion, Request, SamplingParams
@@ -288,13 +289,10 @@ class _Builder:
         return text
 
     def _preferences(self, state: _State, max_pairs: int) -> list[dict[str, Any]]:
-        """Rows of one state: the best with the worst, the second best with the second worst, and so on."""
-        ranked = sorted(state.texts, key=lambda entry: -entry[1])
-        pairs = [
-            (better[0], worse[0])
-            for better, worse in zip(ranked[: len(ranked) // 2], reversed(ranked))
-            if better[1] > worse[1]
-        ][:max_pairs]
+        """Rows of one state."""
+        texts = [text for text, _ in state.texts]
+        ranked = ranked_pairs([reward for _, reward in state.texts], max_pairs)
+        pairs = [(texts[better], texts[worse]) for better, worse in ranked]
         self.report.tied_states += not pairs
         if self.format != "kto":
             return [{"prompt": b.context, "chosen": b.completion, "rejected": w.completion} for b, w in pairs]

@@ -21,6 +21,12 @@ class SharedRows(NamedTuple):
     row_offsets: Tensor  # int64 (R + 1,)
     pair_of_token: Tensor  # int64 (T,)
 
+    def row_of_token(self) -> Tensor:
+        """int64 (T,): the row of hidden that each loss token belongs to."""
+        rows = torch.arange(len(self.row_offsets) - 1, device=self.row_offsets.device)
+        row_of_pair = torch.repeat_interleave(rows, self.row_offsets.diff(), output_size=self.targets.shape[0])
+        return row_of_pair[self.pair_of_token]
+
 
 def token_logprobs(
     hidden: Tensor,
@@ -58,13 +64,8 @@ def token_logprobs(
         want_entropy=want_entropy,
         entropy_needs_grad=entropy_needs_grad,
     )
-    row_of_pair = torch.repeat_interleave(
-        torch.arange(hidden.shape[0], device=hidden.device),
-        shared.row_offsets.diff(),
-        output_size=shared.targets.shape[0],
-    )
     kept = targets != IGNORED
     return (
         torch.where(kept, pairs[shared.pair_of_token], 0.0),
-        torch.where(kept, entropies[row_of_pair[shared.pair_of_token]], 0.0),
+        torch.where(kept, entropies[shared.row_of_token()], 0.0),
     )

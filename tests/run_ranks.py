@@ -1,0 +1,118 @@
+"""What each process of tests/test_trainer_ranks.py runs: `python run_ranks.py equal|train FOLDER`, or by torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import tiny
+import torch
+from peft import LoraConfig
+
+from gpo_fast import GPOConfig, GPOTrainer
+from gpo_fast.experience import TrainingRow
+from gpo_fast.run_files import last_checkpoint
+
+PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
+CASES = {
+    "grpo": {"loss_type": "grpo", "beta": 0.1},
+    "dapo": {"loss_type": "dapo", "packing": "padded"},
+    "gspo": {"loss_type": "gspo", "self_check_steps": 1},
+    "dpo": {"loss_type": "dpo"},
+    "kto": {"loss_type": "kto", "lora": True},
+    "value_head": {"loss_type": "ppo", "critic": "value_head"},
+}
+RANK, COUNT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def trainer(folder: Path, reward, lora: bool = False, **changes) -> GPOTrainer:
+    values = {
+        "per_device_train_batch_size": 4 // COUNT,
+        "num_generations": 4,
+        "num_resets": 4,
+        "max_completion_length": 8,
+        "max_steps": 4,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        "min_step_tokens": 1,
+        "step_splitter": "tokens",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **changes,
+    }
+    return GPOTrainer(
+        tiny.model(initializer_range=0.05),
+        reward,
+        args=GPOConfig(output_dir=str(folder), **values),
+        train_dataset=PROMPTS,
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False) if lora else None,
+    )
+
+
+def shares_of_ones(completions, **_):
+    return [completion.count("1") / 8 for completion in completions]
+
+
+def rows_of(case: str) -> list[TrainingRow]:
+    """Twelve rows, those of a preference pair together; the last four have no advantage."""
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for i in range(12):
+        tokens = torch.randint(3, 40, (3 + i % 5,), generator=generator).tolist()
+        logprobs = (-torch.rand(len(tokens), generator=generator)).tolist()
+        advantage = float(torch.randn((), generator=generator)) if i < 8 else 0.0
+        row = TrainingRow([5, 6, 7 + i // 2], tokens, logprobs, advantage, "base", reward=float(i % 3))
+        if case in ("dpo", "kto"):
+            row = replace(row, pair=i // 2, desirable=i % 2 == 0)
+        rows.append(row)
+    return rows
+
+
+def equal(folder: Path) -> None:
+    """Each case's loss and gradients on the same rows, of which the second process has only useless ones."""
+    results = {}
+    for case, changes in CASES.items():
+        run = trainer(folder / f"{case}-{COUNT}", shares_of_ones, **changes)
+        rows = rows_of(case)
+        mine = rows if COUNT == 1 else [rows[:8], rows[8:]][RANK]
+        run._estimate_values(mine)
+        loss, metrics = run._update(run.model, mine)
+        names = [*run.model.named_parameters()]
+        names += [] if run.value_head is None else [*run.value_head.named_parameters()]
+        results[case] = {"loss": loss, "rows": torch.tensor(run.ranks.merge_metrics(metrics)["trained_rows"])}
+        results[case] |= {name: p.grad for name, p in names if p.grad is not None}
+    if RANK == 0:
+        torch.save(results, folder / f"equal-{COUNT}.pt")
+
+
+def train(folder: Path, steps: int) -> None:
+    """A run of two steps an iteration, saved in the middle of one; prompts 8 to 15 have nothing to be learned."""
+
+    def reward(prompts, completions, **_):
+        return [0.0 if prompt[0] in "23" else float("1" in c) for prompt, c in zip(prompts, completions)]
+
+    run = trainer(
+        folder / "run", reward, max_steps=steps, steps_per_generation=2, save_strategy="steps", save_steps=3,
+        search="all", replay_size=8, eval_strategy="no",
+    )  # fmt: skip
+    run.train(resume_from_checkpoint=last_checkpoint(folder / "run"))
+    weights = torch.cat([p.detach().flatten() for p in run.model.parameters()])
+    assert all(torch.equal(weights, other) for other in run.ranks.gather(weights)), "the processes' weights differ"
+    rewards = run.sample_rewards(PROMPTS, seed=3)
+    assert all(torch.equal(rewards, other) for other in run.ranks.gather(rewards))
+    if RANK == 0:
+        rows = [asdict(row) for batch in run._pending for row in batch]
+        (folder / f"train-{COUNT}.json").write_text(json.dumps({"rewards": rewards.tolist(), "pending": len(rows)}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "equal":
+        equal(Path(sys.argv[2]))
+    else:
+        train(Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,97 @@
+"""GPOTrainer on two processes: what one process would do with the same rows, and nothing hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from run_ranks import CASES
+from trees import distance
+
+from gpo_fast.ranks import ALONE, merge_pending
+from gpo_fast.run_files import last_checkpoint, read_records
+
+SCRIPT = Path(__file__).with_name("run_ranks.py")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(count: int, *arguments: str) -> None:
+    launch = TORCHRUN if count == 2 else []
+    done = subprocess.run(
+        [sys.executable, *launch, str(SCRIPT), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    for count in (1, 2):
+        run(count, "equal", str(folder))
+    return [torch.load(folder / f"equal-{count}.pt", weights_only=True) for count in (1, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_those_of_one_process(results, case: str) -> None:
+    one, two = (result[case] for result in results)
+    assert one.keys() == two.keys()
+    assert float(two.pop("loss")) == pytest.approx(float(one.pop("loss")), rel=1e-5)
+    assert two.pop("rows") == one.pop("rows")
+    assert distance(two, one) <= 1e-5
+    assert max(float(gradient.abs().max()) for gradient in one.values()) > 0
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    run(2, "train", str(tmp_path), "3")
+    checkpoint = last_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    state = json.loads((checkpoint / "gpo_state.json").read_text())
+    assert [len(rank["pending"]) for rank in state["ranks"]] == [1, 1]
+    left = sum(len(rank["pending"][0]) for rank in state["ranks"])
+    run(1, "train", str(tmp_path), "6")
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert 0 < records[3]["trained_rows"] <= left
+    run(2, "train", str(tmp_path), "8")
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [*range(1, 9)]
+    assert len(json.loads((tmp_path / "train-2.json").read_text())["rewards"]) == 16
+
+
+def test_pending_rows_of_two_processes_become_those_of_one() -> None:
+    def row(node: int, pair: int | None) -> dict:
+        return {"node": node, "pair": pair, "token_ids": [node]}
+
+    first = {
+        "pending": [[row(1, 0), row(2, 0)], [row(3, 1)]],
+        "forest": [(-1, 0, [7]), *[(0, 1, [n]) for n in (1, 2, 3)]],
+    }
+    second = {"pending": [[row(1, 0)]], "forest": [(-1, 0, [8]), (0, 1, [1])]}
+    merged = merge_pending([first, second])
+    assert [[r["node"] for r in batch] for batch in merged["pending"]] == [[1, 2, 5], [3]]
+    assert [[r["pair"] for r in batch] for batch in merged["pending"]] == [[0, 0, 2], [1]]
+    for batch in merged["pending"]:
+        for r in batch:
+            parent, _, tokens = merged["forest"][r["node"]]
+            assert tokens == r["token_ids"]
+            assert merged["forest"][parent][0] == -1
+    assert merged["forest"][merged["forest"][5][0]][2] == [8]
+
+
+def test_a_process_alone_asks_nobody() -> None:
+    assert ALONE.sum([1.0, 2.0]) == [1.0, 2.0]
+    assert ALONE.gather("x") == ["x"]
+    assert ALONE.share([1, 2, 3]) == [1, 2, 3]
+    assert ALONE.merge_metrics({"num_x": 2.0, "reward": 0.5}) == {"num_x": 2.0, "reward": 0.5}

@@ -8,7 +8,7 @@
 `gain` and `plane` train models of 0.4M parameters from scratch: SmolLM2 is too slow on a CPU for five seeds. Each
 (task, algorithm, seed) is one line of the study's file; a study that was killed goes on, and two processes with
 different --seeds may work on one file. An algorithm may have settings of GPOConfig behind it, as in
-`--algorithms grpo gpo:criterion=max,num_resets=4`.
+`--algorithms grpo gpo:criterion=max,num_resets=4`; `dpo gpo-dpo` compares those two.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import transformers
 from gpo_fast.bench import loop_price
 from gpo_fast.bench.common import add_common, finish
-from gpo_fast.bench.loop_gain import ALGORITHMS, Trial, append, is_finished, run
+from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
 from gpo_fast.bench.loop_price import HEADLINE, ROWS
 from gpo_fast.bench.loop_study import plot, studies
 from gpo_fast.bench.loop_tasks import Task
@@ -53,7 +53,7 @@ def main() -> None:
         add_common(command)
         command.add_argument("--only-report", action="store_true", help="run nothing")
     for command, seeds, seconds in ((gain, range(5), 60.0), (plane, range(1), 30.0)):
-        command.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS))
+        command.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "gpo-uniform", "random"])
         command.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
         command.add_argument("--seconds", type=float, default=seconds, help="training time of each run")
         command.add_argument("--folder", type=Path, default=Path(f"runs/{command.prog.split()[-1]}"))

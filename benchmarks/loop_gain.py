@@ -22,18 +22,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trai
 
 from gpo_fast import GPOConfig, GPOTrainer, linear_logprob
 from gpo_fast.cli import parse_overrides
-from gpo_fast.procedure import GuidedSampler, TrainingRow
+from gpo_fast.experience import TrainingRow
+from gpo_fast.procedure import GuidedSampler
 from gpo_fast.rewards import RewardFunctions
 from gpo_fast.rollout import RolloutEngine
 from gpo_fast.run_files import read_records
 from gpo_fast.training_batch import padded_batches
 
-# What an algorithm changes in the settings that all share. DPO and GPO-DPO belong here once GPOTrainer trains them.
+# What an algorithm changes in the settings that all share.
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"use_gpo": False},
     "gpo": {"estimator": "racing", "reuse": "all"},
     "gpo-uniform": {"estimator": "uniform", "reuse": "all"},
     "random": {"estimator": "random"},
+    "dpo": {"loss_type": "dpo", "use_gpo": False},
+    "gpo-dpo": {"loss_type": "dpo", "estimator": "racing"},
 }
 TRAIN_SEED, HELD_OUT_SEED, WARMUP_SEED = 11, 7_000_003, 29
 LESSONS, WARMUP_BATCH, WARMUP_CHECK = 8192, 64, 20  # the latter: steps between two measurements of the solve rate
@@ -206,7 +209,7 @@ def warm_start(trial: Trial, folder: Path, max_steps: int = 5000) -> Path:
     for step in range(max_steps):
         if step % WARMUP_CHECK == 0:
             sampler.engine.update_weights()
-            rate = float(sampler.score_once(checks, 1.0, seed=step).mean())
+            rate = float(sampler.score_once(checks, 1.0, [step + i for i in range(len(checks))]).mean())
             if rate >= trial.start:
                 break
         first = step * WARMUP_BATCH % len(lessons)

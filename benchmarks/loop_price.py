@@ -30,7 +30,7 @@ from transformers import PrinterCallback, TrainerCallback
 from gpo_fast import GPOConfig, GPOTrainer
 from gpo_fast.demo.run import ADAPTED
 from gpo_fast.demo.task import training
-from gpo_fast.procedure import TrainingRow
+from gpo_fast.objective import Totals
 from gpo_fast.rollout import Completion, Request, RolloutEngine
 from gpo_fast.run_files import read_records
 from gpo_fast.training_batch import TrainingBatch
@@ -113,7 +113,11 @@ class FullVocabularyTrainer(GPOTrainer):
     """GPOTrainer with GRPO's loss from whole rows of logits; on policy, so the ratio is 1 and its clipping idle."""
 
     def _backward(
-        self, rows: Sequence[TrainingRow], batches: Sequence[TrainingBatch]
+        self,
+        batches: Sequence[TrainingBatch],
+        references: Sequence[torch.Tensor],
+        totals: Totals,
+        reference_kl: float,
     ) -> tuple[torch.Tensor, dict[str, float], dict[int, torch.Tensor]]:
         total, kept = torch.zeros((), device=self.args.device), {}
         for batch in batches:
@@ -121,24 +125,17 @@ class FullVocabularyTrainer(GPOTrainer):
                 with self.compute_loss_context_manager():
                     hidden = batch.hidden(self._base_model().get_decoder())
                     logits = self._head()(hidden).float() / self.args.temperature
-                    logprobs = torch.log_softmax(logits, -1)[_row_of_token(batch), batch.targets]
+                    logprobs = torch.log_softmax(logits, -1)[batch.row_of_token, batch.targets]
                 ratio = torch.exp(logprobs - logprobs.detach())
                 counts = torch.bincount(batch.sequence_ids)
-                weight = (batch.advantages / counts)[batch.sequence_ids] / len(rows)
+                advantages = ratio.new_tensor([row.advantage for row in batch.rows])
+                weight = (advantages / counts)[batch.sequence_ids] / totals.sequences
                 loss = -(weight * ratio).sum()
                 self.accelerator.backward(loss)
             total += loss.detach()
             own = logprobs.detach().split(counts.tolist())
             kept |= {id(row): values for row, values in zip(batch.rows, own)}
         return total, {}, kept
-
-
-def _row_of_token(batch: TrainingBatch) -> torch.Tensor:
-    """The hidden state that predicts each loss token."""
-    if batch.shared is None:
-        return torch.arange(len(batch.targets), device=batch.targets.device)
-    counts = batch.shared.row_offsets.diff()
-    return torch.repeat_interleave(counts)[batch.shared.pair_of_token]
 
 
 @dataclass(frozen=True)

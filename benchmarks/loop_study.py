@@ -13,10 +13,15 @@ from gpo_fast.bench.common import Interval, ReadmeRow, Table, mean_interval
 from gpo_fast.bench.loop_tasks import Task
 
 Record = dict[str, Any]  # as loop_gain.run gives it
-BASE, CONTROL = "grpo", "random"
+CONTROL = "random"
 GOAL = 0.5  # share of the base's time in which its final accuracy is to be reached
 AXES = {"seconds": "training time (s)", "tokens": "sampled tokens", "steps": "optimiser steps"}
 GRID = 200  # points of a mean curve
+
+
+def base_of(algorithm: str) -> str:
+    """What an algorithm is compared with: it, without GPO."""
+    return "dpo" if algorithm.partition(":")[0].endswith("dpo") else "grpo"
 
 
 class Study:
@@ -43,7 +48,7 @@ class Study:
 
     def gain(self, algorithm: str) -> Interval:
         """Final accuracy less the base's, over the seeds that both have: they began with the same weights."""
-        ours, theirs = self.by_algorithm[algorithm], self.by_algorithm.get(BASE, {})
+        ours, theirs = self.by_algorithm[algorithm], self.by_algorithm.get(base_of(algorithm), {})
         common = sorted(ours.keys() & theirs.keys())
         return mean_interval([_last(ours[seed]) - _last(theirs[seed]) for seed in common])
 
@@ -54,7 +59,7 @@ class Study:
     def time_to_base(self, algorithm: str) -> float | None:
         """Share of the time after which the mean curve stays at or above the base's mean final accuracy."""
         grid, curve = self.mean_curve(algorithm, "seconds")
-        below = np.flatnonzero(curve < float(np.mean(self.final(BASE))) - 1e-12)
+        below = np.flatnonzero(curve < float(np.mean(self.final(base_of(algorithm)))) - 1e-12)
         if len(below) == 0:
             return 0.0
         return None if below[-1] + 1 == len(grid) else float(grid[below[-1] + 1] / self.seconds)
@@ -68,14 +73,15 @@ class Study:
         columns = ("algorithm", "seeds", "start", "final", "final less base's", "time to base's final")
         table = Table(self.title, (*columns, f"at {tokens:,.0f} tokens", f"at {steps:.0f} steps", "tokens", "steps"))
         for algorithm, records in self.by_algorithm.items():
-            reached = self.time_to_base(algorithm) if BASE in self.by_algorithm else None
+            compared = base_of(algorithm) in self.by_algorithm.keys() - {algorithm}
+            reached = self.time_to_base(algorithm) if compared else None
             table.add(
                 algorithm,
                 str(len(records)),
                 f"{mean_interval(self.accuracy(algorithm, 'seconds', 0)).mean:.1%}",
                 _percent(mean_interval(self.final(algorithm))),
-                "" if algorithm == BASE else _percent(self.gain(algorithm), signed=True),
-                "" if algorithm == BASE else "not reached" if reached is None else f"{reached:.0%} of it",
+                "" if not compared else _percent(self.gain(algorithm), signed=True),
+                "" if not compared else "not reached" if reached is None else f"{reached:.0%} of it",
                 f"{np.mean(self.accuracy(algorithm, 'tokens', tokens)):.1%}",
                 f"{np.mean(self.accuracy(algorithm, 'steps', steps)):.1%}",
                 f"{np.mean([r['points'][-1]['tokens'] for r in records.values()]):,.0f}",
@@ -125,18 +131,17 @@ def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
     """Each algorithm's final accuracy against the base's at equal time, and the goal: its accuracy in half the time."""
     return [
         ReadmeRow(
-            f"{study.title}: {algorithm} against {BASE}, held-out accuracy at equal time",
+            f"{study.title}: {algorithm} against {base_of(algorithm)}, held-out accuracy at equal time",
             "loop.py gain",
-            f"{_percent(mean_interval(study.final(algorithm)))} against {_percent(mean_interval(study.final(BASE)))}"
+            f"{_percent(mean_interval(study.final(algorithm)))} against {_percent(mean_interval(study.final(base_of(algorithm))))}"
             f"; difference {_percent(study.gain(algorithm), signed=True)}, {len(study.by_algorithm[algorithm])} seeds"
             f"; {_reached(study.time_to_base(algorithm))}",
-            "" if algorithm == CONTROL else f"{BASE}'s in {GOAL:.0%} of its time",
+            "" if algorithm == CONTROL else f"the base's in {GOAL:.0%} of its time",
             algorithm != CONTROL and _share(study.time_to_base(algorithm)) > GOAL,
         )
         for study in studies(result["data"]["records"])
-        if BASE in study.by_algorithm
         for algorithm in study.by_algorithm
-        if algorithm != BASE
+        if base_of(algorithm) in study.by_algorithm.keys() - {algorithm}
     ]
 
 
@@ -145,7 +150,7 @@ def _share(time: float | None) -> float:
 
 
 def _reached(share: float | None) -> str:
-    return f"{BASE}'s final accuracy " + ("not reached" if share is None else f"in {share:.0%} of the time")
+    return "the base's final accuracy " + ("not reached" if share is None else f"in {share:.0%} of the time")
 
 
 def _xy(record: Record, axis: str) -> tuple[list[float], list[float]]:

@@ -97,6 +97,8 @@ def test_a_study_compares_at_equal_time_tokens_and_steps() -> None:
     assert Study([*base, record("slow", 0, [0.1] * 5)]).time_to_base("slow") is None
     assert len(studies([*base, {**ours[0], "seconds": 5.0}])) == 2
     assert [row[0] for row in study.table().rows] == ["grpo", "gpo"]
+    preferences = Study([*base, record("dpo", 0, [0.1] * 5), record("gpo-dpo:beta=0.2", 0, [0.1, 0.1, 0.1, 0.1, 0.3])])
+    assert preferences.gain("gpo-dpo:beta=0.2").mean == pytest.approx(0.2)
 
 
 def test_a_run_is_recorded_once_and_its_clock_leaves_evaluation_out(tmp_path: Path) -> None:

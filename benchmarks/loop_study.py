@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -130,27 +129,26 @@ def plot(all_studies: Sequence[Study], path: Path) -> None:
 def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
     """Each algorithm's final accuracy against the base's at equal time, and the goal: its accuracy in half the time."""
     return [
-        ReadmeRow(
-            f"{study.title}: {algorithm} against {base_of(algorithm)}, held-out accuracy at equal time",
-            "loop.py gain",
-            f"{_percent(mean_interval(study.final(algorithm)))} against {_percent(mean_interval(study.final(base_of(algorithm))))}"
-            f"; difference {_percent(study.gain(algorithm), signed=True)}, {len(study.by_algorithm[algorithm])} seeds"
-            f"; {_reached(study.time_to_base(algorithm))}",
-            "" if algorithm == CONTROL else f"the base's in {GOAL:.0%} of its time",
-            algorithm != CONTROL and _share(study.time_to_base(algorithm)) > GOAL,
-        )
+        _readme_row(study, algorithm)
         for study in studies(result["data"]["records"])
         for algorithm in study.by_algorithm
         if base_of(algorithm) in study.by_algorithm.keys() - {algorithm}
     ]
 
 
-def _share(time: float | None) -> float:
-    return math.inf if time is None else time
-
-
-def _reached(share: float | None) -> str:
-    return "the base's final accuracy " + ("not reached" if share is None else f"in {share:.0%} of the time")
+def _readme_row(study: Study, algorithm: str) -> ReadmeRow:
+    base, reached = base_of(algorithm), study.time_to_base(algorithm)
+    ours, theirs = (_percent(mean_interval(study.final(name))) for name in (algorithm, base))
+    time = "not reached" if reached is None else f"in {reached:.0%} of the time"
+    difference = f"difference {_percent(study.gain(algorithm), signed=True)}"
+    seeds = f"{len(study.by_algorithm[algorithm])} seeds"
+    return ReadmeRow(
+        f"{study.title}: {algorithm} against {base}, held-out accuracy at equal time",
+        "loop.py gain",
+        f"{ours} against {theirs}; {difference}, {seeds}; the base's final accuracy {time}",
+        "" if algorithm == CONTROL else f"the base's in {GOAL:.0%} of its time",
+        algorithm != CONTROL and (reached is None or reached > GOAL),
+    )
 
 
 def _xy(record: Record, axis: str) -> tuple[list[float], list[float]]:

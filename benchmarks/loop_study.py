@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ class Study:
 
     def accuracy(self, algorithm: str, axis: str, at: float) -> list[float]:
         """Accuracy of each seed where the axis has the value `at`, between two measurements in a straight line."""
-        return [float(np.interp(at, *_xy(record, axis))) for record in self.by_algorithm[algorithm].values()]
+        return [_at(record, axis, at) for record in self.by_algorithm[algorithm].values()]
 
     def final(self, algorithm: str) -> list[float]:
         return self.accuracy(algorithm, "seconds", self.seconds)
@@ -49,7 +50,8 @@ class Study:
         """Final accuracy less the base's, over the seeds that both have: they began with the same weights."""
         ours, theirs = self.by_algorithm[algorithm], self.by_algorithm.get(base_of(algorithm), {})
         common = sorted(ours.keys() & theirs.keys())
-        return mean_interval([_last(ours[seed]) - _last(theirs[seed]) for seed in common])
+        end = self.seconds
+        return mean_interval([_at(ours[s], "seconds", end) - _at(theirs[s], "seconds", end) for s in common])
 
     def shortest(self, axis: str) -> float:
         """The value of the axis that every run has reached."""
@@ -151,14 +153,13 @@ def _readme_row(study: Study, algorithm: str) -> ReadmeRow:
     )
 
 
-def _xy(record: Record, axis: str) -> tuple[list[float], list[float]]:
-    return [p[axis] for p in record["points"]], [p["accuracy"] for p in record["points"]]
-
-
-def _last(record: Record) -> float:
-    return float(record["points"][-1]["accuracy"])
+def _at(record: Record, axis: str, at: float) -> float:
+    points = record["points"]
+    return float(np.interp(at, [p[axis] for p in points], [p["accuracy"] for p in points]))
 
 
 def _percent(interval: Interval, signed: bool = False) -> str:
     sign = "+" if signed else ""
+    if math.isnan(interval.low):
+        return f"{interval.mean:{sign}.1%}"  # a single seed has no interval
     return f"{interval.mean:{sign}.1%} ({interval.low:{sign}.1%} to {interval.high:{sign}.1%})"

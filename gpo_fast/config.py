@@ -157,7 +157,7 @@ class GPOConfig(TrainingArguments):
         _check_types(self)
         try:
             super().__post_init__()
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except Exception as error:  # Trainer's own checks raise whatever a bad value runs into
             raise ValueError(f"{error}. Set were: {_changed_fields(self)}") from error
         self.remove_unused_columns = False
         _one_of("loss_type", self.loss_type, LOSS_TYPES)

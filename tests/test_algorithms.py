@@ -351,7 +351,7 @@ def test_what_the_loss_decides(tmp_path: Path) -> None:
         ({"gae_lambda": 1.5}, "gae_lambda must be from 0 to 1, got 1.5"),
         ({"beta": 0.0, "loss_type": "dpo"}, "beta of dpo must be above 0"),
         ({"soft_punish_cache": 13}, "at most max_completion_length=12, got 13"),
-        ({"max_pairs": 0}, "max_pairs must be above 0"),
+        ({"max_pairs": 0}, "max_pairs must be at least 1"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict, message: str) -> None:

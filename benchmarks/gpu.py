@@ -67,7 +67,6 @@ def parts(out: Path, quick: bool) -> list[Part]:
         benchmark("rollout", 90),
         benchmark("tree_training", 60, "--model", "qwen3-0.6b", "--unique-tokens", "16384"),
         benchmark("loss", 60),
-        benchmark("critical", 30),
         benchmark("loop", 90, "--folder", str(out / "loop"), "--repeats", "1", subcommand=("price",)),
         # The tests that the interpreter runs elsewhere, compiled here; ahead-of-time compilation needs no GPU.
         Part("kernel tests", (*pytest, "-k", "test_kernels and not compile and not gpu", "tests"), 40),

@@ -30,7 +30,8 @@ extension = Pybind11Extension(
 setup(
     ext_modules=[extension],
     cmdclass={"build_ext": build_ext},
-    # `kernels/` is installed as gpo_fast.kernels: the bare name belongs to another package.
-    packages=[*find_packages(include=["gpo_fast", "gpo_fast.*"]), "gpo_fast.kernels"],
-    package_dir={"gpo_fast": "gpo_fast", "gpo_fast.kernels": "kernels"},
+    # `kernels/` is installed as gpo_fast.kernels: the bare name belongs to another package. `benchmarks/` is
+    # gpo_fast.bench, what `gpo-fast bench` runs; gpo_fast.benchmarks loads evaluation sets.
+    packages=[*find_packages(include=["gpo_fast", "gpo_fast.*"]), "gpo_fast.kernels", "gpo_fast.bench"],
+    package_dir={"gpo_fast": "gpo_fast", "gpo_fast.kernels": "kernels", "gpo_fast.bench": "benchmarks"},
 )

@@ -5,27 +5,37 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from gpo_fast.run_files import read_records
 
-PACKAGES = ("torch", "transformers", "triton", "numpy", "gpo-fast")
+PACKAGES = ("torch", "transformers", "triton", "numpy", "trl", "vllm", "flash-attn", "liger-kernel", "gpo-fast")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with what every benchmark takes."""
     result = argparse.ArgumentParser(description=description)
-    result.add_argument("--quick", action="store_true", help="a small size, to see that the script runs")
-    result.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
+    add_common(result)
     return result
+
+
+def add_common(arguments: argparse.ArgumentParser) -> None:
+    """What every benchmark takes, or each of its subcommands."""
+    arguments.add_argument("--quick", action="store_true", help="a small size, to see that the script runs")
+    arguments.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
 
 
 @dataclass
@@ -63,6 +73,33 @@ def interleave(
             if after is not None:
                 after()
     return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean of a few independent measurements with Student's 95 % interval; NaN ends for a single one."""
+    mean = statistics.fmean(values) if values else math.nan
+    if len(values) < 2:
+        return Interval(mean, math.nan, math.nan)
+    half = _student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+@cache
+def _student_quantile(freedom: int) -> float:
+    """t with P(|T| < t) = 0.95, by integrating Student's density."""
+    t = np.linspace(0, 20, 200_001)  # the quantile is 12.7 for one degree of freedom, less for more
+    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
+    density = np.exp(log_scale - (freedom + 1) / 2 * np.log1p(t**2 / freedom))
+    between = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) * np.diff(t))])  # P(|T| < t)
+    return float(np.interp(0.95, between, t))
 
 
 class Progress:
@@ -103,6 +140,8 @@ def human(seconds: float) -> str:
 
 def machine() -> dict[str, Any]:
     """Where and with what the numbers were taken."""
+    import torch
+
     installed = {
         distribution.metadata["Name"]: distribution.version for distribution in importlib.metadata.distributions()
     }
@@ -118,6 +157,9 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": cpu,
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": versions,
@@ -148,11 +190,60 @@ class Table:
         Console(width=140).print(table)
 
 
+class ReadmeRow(NamedTuple):
+    """A row of the README's table of measured numbers."""
+
+    what: str
+    command: str
+    result: str
+    goal: str = ""  # empty: there is none
+    missed: bool = False
+
+
+def floors(device: str = "cpu") -> dict[str, float]:
+    """What this machine can do at best, measured now: bytes/s of a large copy (read and written), and FLOP/s of a
+    matrix product in float32 and bfloat16."""
+    import torch
+
+    source = torch.ones((1 << 30 if device == "cuda" else 1 << 26) // 4, device=device)
+    target, size = torch.empty_like(source), 8192 if device == "cuda" else 512
+    result = {"copy_bytes_per_second": 8 * source.numel() / _fastest(lambda: target.copy_(source), device)}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(size, size, dtype=dtype, device=device)
+        name = str(dtype).removeprefix("torch.")
+        result[f"{name}_flop_per_second"] = 2 * size**3 / _fastest(lambda m=matrix: m @ m, device)
+    return result
+
+
+def _fastest(call: Callable[[], object], device: str, repeats: int = 7) -> float:
+    """Seconds of the fastest of a few calls: a floor is what the machine can do undisturbed."""
+    import torch
+
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def peak_memory() -> dict[str, int]:
+    """Most bytes that this process has held so far: resident, and on the GPU if it has used one."""
+    import torch
+
+    result = {"resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    if torch.cuda.is_available():
+        result["gpu_bytes"] = torch.cuda.max_memory_allocated()
+    return result
+
+
 def finish(arguments: argparse.Namespace, tables: Sequence[Table], data: dict[str, Any]) -> None:
     """Prints the tables and writes the JSON file if one was asked for."""
     for table in tables:
         table.show()
-    described = machine()
+    described, peak = machine(), peak_memory()
     print(f"{described['cpu']}, {described['cores']} cores, load {described['load']:.1f}, commit {described['commit']}")
     if arguments.json:
         # Of a path only the name: folders tell nothing about the numbers.
@@ -160,6 +251,8 @@ def finish(arguments: argparse.Namespace, tables: Sequence[Table], data: dict[st
         plain = {
             "machine": described,
             "arguments": options,
+            "floors": floors(getattr(arguments, "device", "cpu")),
+            "peak_memory": peak,
             "tables": [asdict(table) for table in tables],
             "data": data,
         }

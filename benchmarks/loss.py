@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from gpo_fast.bench.common import floors, machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -159,20 +158,6 @@ def measure(task: str, peer: str, shape: tuple[int, int, int], device: str, trai
     return {"seconds": min(seconds), "extra_bytes": extra[0]}
 
 
-def matmul_ceiling(shape: tuple[int, int, int], device: str) -> float:
-    """FLOP per second of a plain bfloat16 product of a size that is not latency-bound."""
-    rows, vocab, width = shape
-    inputs = Inputs(rows, min(vocab, 16384), width, device, False)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        inputs.hidden.detach() @ inputs.weight.t()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * inputs.hidden.numel() * inputs.weight.shape[0] / best
-
-
 def in_subprocess(arguments: list[str], timeout: float) -> dict[str, float] | str:
     command = [sys.executable, __file__, "--measure", *arguments]
     try:
@@ -182,25 +167,6 @@ def in_subprocess(arguments: list[str], timeout: float) -> dict[str, float] | st
     if run.returncode:
         return (run.stderr.strip().splitlines() or ["failed"])[-1]
     return json.loads(run.stdout.strip().splitlines()[-1])
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def machine(device: str) -> dict[str, str | int]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
-    facts: dict[str, str | int] = {"cpu": cpu, "threads": torch.get_num_threads(), "platform": platform.platform()}
-    facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    facts["git"] = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    facts.update({package: installed(package) for package in ("torch", "triton", "trl", "liger-kernel")})
-    if device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
 
 
 def medians(runs: list) -> tuple[float, float] | None:
@@ -254,10 +220,10 @@ def main() -> None:
         return
 
     console, rounds = Console(width=120), 1 if options.quick else options.rounds
-    record: dict = {"machine": machine(options.device), "runs": []}
+    record: dict = {"machine": machine(), "floors": floors(options.device), "runs": []}
+    ceiling = record["floors"]["bfloat16_flop_per_second"]
     for rows, vocab, width in SHAPES["quick" if options.quick else options.device]:
         shape = (options.rows or rows, vocab, width)
-        ceiling = matmul_ceiling(shape, options.device)
         for task in TASKS if options.task == "all" else [options.task]:
             for head in ("frozen", "trainable"):
                 results: dict[str, list] = {peer: [] for peer in TASKS[task]}
@@ -269,9 +235,7 @@ def main() -> None:
                         runs.append(in_subprocess(arguments, options.timeout))
                 name = f"{task}, {head} head, T={shape[0]} V={vocab} H={width}, bfloat16, {options.device}"
                 console.print(report(name, results, head == "trainable", shape, ceiling))
-                record["runs"].append(
-                    {"task": task, "head": head, "shape": shape, "ceiling": ceiling, "results": results}
-                )
+                record["runs"].append({"task": task, "head": head, "shape": shape, "results": results})
                 if options.json:
                     options.json.write_text(json.dumps(record, indent=2))
 

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from common import Table, Timing, finish, human, interleave, parser
-from prefix_cache_peers import CACHES, RolloutCache
+from gpo_fast.bench.common import ReadmeRow, Table, Timing, finish, human, interleave, parser
+from gpo_fast.bench.prefix_cache_peers import CACHES, RolloutCache
 
 from gpo_fast import PrefixCache
 
 BLOCK = 16
+PAGE_BYTES = 64  # of bookkeeping for a cached page: the goal
 TARGETS = {
     "match 4,096 cached tokens": 2e-6,
     "fork(32) at 2,005 tokens": 2e-6,
@@ -247,7 +248,7 @@ def latency_table(timings: dict[str, Timing], memory_bytes: dict[str, float]) ->
         spread = f"{human(timing.low)} .. {human(timing.high)}"
         table.add(name, human(timing.median), spread, human(target), f"{timing.median / target:.2f}")
     used = memory_bytes["bookkeeping"]
-    table.add("bookkeeping for a cached page", f"{used:.1f} B", "", "64 B", f"{used / 64:.2f}")
+    table.add("bookkeeping for a cached page", f"{used:.1f} B", "", f"{PAGE_BYTES} B", f"{used / PAGE_BYTES:.2f}")
     table.add("the same with its token ids", f"{memory_bytes['with token ids']:.1f} B", "", "", "")
     return table
 
@@ -270,6 +271,35 @@ def round_table(
     for name, reason in absent.items():
         table.add(name, "not run: " + reason, *[""] * (len(phases) + 3))
     return table
+
+
+def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
+    """Each call against its goal, the memory, and a round beside the other caches."""
+    rows = []
+    for name, goal in TARGETS.items():
+        median = result["data"]["latencies"][name]["median"]
+        rows.append(
+            ReadmeRow(
+                f"prefix cache, from Python: {name}", "prefix_cache.py", human(median), human(goal), median > goal
+            )
+        )
+    used = result["data"]["memory"]["bookkeeping"]
+    memory_row = ReadmeRow(
+        "bookkeeping of a cached page",
+        "prefix_cache.py",
+        f"{used:.0f} bytes",
+        f"{PAGE_BYTES} bytes",
+        used > PAGE_BYTES,
+    )
+    totals = {
+        name: Timing.of([sum(phases.values()) for phases in rounds]).median
+        for name, rounds in result["data"]["rounds"].items()
+    }
+    ours = totals.pop(CACHES[0].name)
+    others = sorted((seconds / ours, name) for name, seconds in totals.items())
+    text = "; ".join(f"{name} {ratio:.1f} x as long" for ratio, name in others)
+    what = f"a GPO round of {Workload().decoded:,} tokens, all calls of the cache"
+    return [*rows, memory_row, ReadmeRow(what, "prefix_cache.py", f"{human(ours)}; {text}")]
 
 
 def main() -> None:

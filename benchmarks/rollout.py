@@ -13,17 +13,17 @@ On a GPU (--device cuda) each row also has the floor of a decode step: weights a
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Table, Timing, finish, human, interleave, parser
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from gpo_fast.bench.common import ReadmeRow, Table, Timing, finish, floors, human, interleave, parser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 from gpo_fast import Request, RolloutEngine, SamplingParams
+from gpo_fast.demo.model import find_gguf, load_demo_model
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {
@@ -50,6 +50,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+PEERS = {  # and what a reader of the README calls them
+    "generate": "`generate`",
+    "repeat cache": "*prefill once, repeat the cache*",
+    "generate_batch": "`generate_batch`",
+    "llama.cpp": "llama.cpp",
+}
+
+
 @dataclass
 class Workload:
     """Prompts, continuations of each, new tokens, and the ratios to reach (None: not asked for)."""
@@ -68,10 +76,11 @@ class Workload:
 def load(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     """(model, tokenizer or None); random weights for the shapes that no package holds."""
     if name == "smollm2":
-        from gpo_fast.demo.model import load_demo_model
-
         model, tokenizer = load_demo_model(dtype)
         return model.eval().to(device), tokenizer
+    if name not in SHAPES:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return model.eval().to(device), AutoTokenizer.from_pretrained(name)
     shape = dict(SHAPES[name])
     config = AutoConfig.for_model(shape.pop("kind"), **shape, max_position_embeddings=4096)
     torch.manual_seed(0)
@@ -109,6 +118,16 @@ def workloads(vocabulary: int, quick: bool) -> list[Workload]:
         Workload(f"{len(different)} different 128-token prompts x {new}", different, 1, new, {"generate": 2.5}),
         Workload(f"one sequence: 128-token prompt x {new}", [tokens(128)], 1, new, {"generate": 1}),
     ]
+
+
+def chosen_workloads(arguments: Any, vocabulary: int) -> list[Workload]:
+    """The user's own prefix, or all workloads, or one of them."""
+    if arguments.prefix or arguments.branches:
+        prefix, branches = arguments.prefix or 1024, arguments.branches or 32
+        tokens = torch.randint(10, vocabulary - 10, (prefix,), generator=torch.Generator().manual_seed(0)).tolist()
+        return [Workload(f"{prefix}-token prefix, {branches} branches x 64", [tokens], branches, 64, {})]
+    works = workloads(vocabulary, arguments.quick)
+    return works if arguments.only is None else [works[arguments.only]]
 
 
 def ours(engine: RolloutEngine, work: Workload) -> Callable[[], object]:
@@ -186,8 +205,6 @@ def with_generate_batch(model: Any, work: Workload) -> Callable[[], object]:
 def with_llama_cpp(work: Workload) -> Callable[[], object]:
     from llama_cpp import Llama
 
-    from gpo_fast.demo.model import find_gguf
-
     path = find_gguf()
     llama = Llama(str(path), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False, logits_all=False)
 
@@ -222,24 +239,10 @@ def runs(name: str, call: Callable[[], object], notes: list[str]) -> bool:
     return True
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a large copy on the GPU."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(10):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        target.copy_(source)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * source.numel() / statistics.median(seconds)
-
-
 def floor_table(engine: RolloutEngine, model: Any, sizes: list[int]) -> Table:
     """A decode step over different prompts against the bytes that it must read."""
     table = Table("Decode step over its floor", ("batch", "weights + KV", "floor", "measured", "ratio"))
-    bandwidth = copy_bandwidth()
+    bandwidth = floors("cuda")["copy_bytes_per_second"]
     weights = sum(p.numel() * p.element_size() for p in set(model.parameters()))
     generator = torch.Generator().manual_seed(1)
     for size in sizes:
@@ -263,16 +266,40 @@ def floor_table(engine: RolloutEngine, model: Any, sizes: list[int]) -> Table:
     return table
 
 
+def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
+    """The engine against each peer of a result."""
+    targets = {work.name: work.targets for work in workloads(vocabulary=1000, quick=False)}
+    options = result["arguments"]
+    command = f"rollout.py --dtype {options['dtype']} --repeats {options['repeats']} --only {options['only']}"
+    rows = []
+    for name, times in result["data"]["times"].items():
+        ours = times["gpo-fast"]["median"]
+        for peer in [p for p in PEERS if p in times]:
+            theirs, goal = times[peer]["median"], targets[name].get(peer)
+            rows.append(
+                ReadmeRow(
+                    f"{name}, {options['model']}, against {PEERS[peer]}",
+                    command,
+                    f"{theirs / ours:.2f} x as fast ({human(ours)}, {human(theirs)})",
+                    "" if goal is None else f"{goal:g} x",
+                    goal is not None and theirs < goal * ours,
+                )
+            )
+    return rows
+
+
 def main() -> None:
     arguments_of = parser(__doc__ or "")
-    arguments_of.add_argument("--model", choices=["smollm2", *SHAPES], default="smollm2")
+    arguments_of.add_argument(
+        "--model", default="smollm2", help=f"smollm2, random weights of {' or '.join(SHAPES)}, a path or a hub id"
+    )
+    arguments_of.add_argument("--prefix", type=int, help="one workload instead of all: tokens of a shared prefix, ...")
+    arguments_of.add_argument("--branches", type=int, help="... continued so many times by 64 tokens")
     arguments_of.add_argument("--device", default="cpu")
     arguments_of.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments_of.add_argument("--threads", type=int, help="torch's number of threads; its own choice if not given")
     arguments_of.add_argument("--repeats", type=int, default=3)
-    arguments_of.add_argument(
-        "--peers", nargs="*", default=["generate", "repeat cache", "generate_batch", "llama.cpp"], metavar="PEER"
-    )
+    arguments_of.add_argument("--peers", nargs="*", default=list(PEERS), metavar="PEER")
     arguments_of.add_argument("--only", type=int, help="the number of one workload, from 0")
     arguments = arguments_of.parse_args()
     if arguments.threads:
@@ -285,8 +312,7 @@ def main() -> None:
     )
     notes: list[str] = []
     measured: dict[str, dict[str, Timing]] = {}
-    works = workloads(model.config.vocab_size, arguments.quick)
-    for work in works if arguments.only is None else [works[arguments.only]]:
+    for work in chosen_workloads(arguments, model.config.vocab_size):
         calls = {"gpo-fast": ours(engine, work)}
         calls |= {name: call for name, call in peers(model, work, arguments).items() if runs(name, call, notes)}
         times = interleave(calls, repeats=1 if arguments.quick else arguments.repeats)

@@ -22,12 +22,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import random
 import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,13 +33,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
+from gpo_fast.bench.common import floors, machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
-import gpo_fast
 from gpo_fast import TokenForest, linear_policy_loss, pack_forest
 from gpo_fast.losses import SharedRows
 from gpo_fast.tree_attention import tree_attention_of
@@ -409,22 +405,6 @@ def show(case: Case, result: dict[str, dict[str, Any]]) -> None:
     Console(width=130).print(table)
 
 
-def machine(device: str) -> dict[str, Any]:
-    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    return {
-        "cpu": cpu.partition(":")[2].strip() or platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "gpo_fast": gpo_fast.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m", help="shape of the model; random weights")
@@ -454,7 +434,7 @@ def main() -> None:
             show(case, results[case.name])
     if args.json:
         settings = {k: str(v) for k, v in vars(args).items()}
-        record = {"machine": machine(args.device), "settings": settings, "results": results}
+        record = {"machine": machine(), "floors": floors(args.device), "settings": settings, "results": results}
         args.json.write_text(json.dumps(record, indent=1))
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
+from gpo_fast.bench.common import floors, machine
 from gpo_fast.kernels.sampling import Filters, sample_tokens
 from gpo_fast.kernels.tree_attention import tree_attention, tree_blocks
 from gpo_fast.kernels.work_list import PlanArrays, plain_plan
@@ -78,14 +78,6 @@ def compare(runs: dict[str, Run], device: torch.device, repeats: int) -> dict[st
         low, high = np.percentile(ordered, [10, 90])
         results[name] = {"median_ms": statistics.median(ordered), "p10_ms": float(low), "p90_ms": float(high)}
     return results
-
-
-def copy_bandwidth(device: torch.device, repeats: int) -> float:
-    """Bytes read and written in a millisecond by a large copy."""
-    size = 1 << 30 if device.type == "cuda" else 1 << 24
-    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    times = [milliseconds(lambda: target.copy_(source), device) for _ in range(repeats + 2)]
-    return 2 * size / statistics.median(times[2:])
 
 
 def decode_case(
@@ -232,7 +224,8 @@ def main() -> None:
     if device.type == "cpu" and not (arguments.quick and triton.knobs.runtime.interpret):
         parser.error("on a CPU the kernels run only in the interpreter: set TRITON_INTERPRET=1 and give --quick")
     repeats = (3 if device.type == "cuda" else 1) if arguments.quick else arguments.repeats
-    bandwidth = copy_bandwidth(device, repeats)
+    measured = floors(device.type)
+    bandwidth = measured["copy_bytes_per_second"] / 1e3  # bytes in a millisecond
     table = Table("case", "run", "median ms", "ours / run", "over the floor")
     rows = []
     for name, (runs, floor_bytes) in cases(device, arguments.quick).items():
@@ -253,17 +246,8 @@ def main() -> None:
             rows.append(row)
     Console(width=130).print(table)
     if arguments.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip()
-        report = {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu, interpreted: no timings",
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "commit": commit,
-            "copy_bandwidth_gb_s": bandwidth / 1e6,
-            "rows": rows,
-        }
+        timed = device.type == "cuda"
+        report = {"machine": machine(), "interpreted": not timed, "floors": measured, "rows": rows}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The command line: `gpo-fast train | demo | critical | eval | report | version`."""
+"""The command line: `gpo-fast train | demo | critical | eval | report | bench | version`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from gpo_fast.bench.suite import SUITE
 from gpo_fast.steps import METHODS, StepSplitter
 
 app = typer.Typer(
@@ -20,6 +21,13 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+bench = typer.Typer(
+    help="Measure gpo-fast on this machine against its peers; options go to the benchmark, `--help` shows them.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(bench, name="bench")
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; a run found there is continued.")]
 
@@ -200,6 +208,66 @@ def report(
     from gpo_fast.report import write_report
 
     print(write_report(run, output))
+
+
+def _add_benchmark(name: str, text: str) -> None:
+    """`gpo-fast bench NAME`: every option is the script's own."""
+
+    @bench.command(
+        name,
+        help=f"{text}\n\nExample: `gpo-fast bench {name} --quick`",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    )
+    def measure(context: typer.Context) -> None:
+        from gpo_fast.bench.suite import run
+
+        sys.exit(run(name, context.args))
+
+
+for _name, _benchmark in SUITE.items():
+    _add_benchmark(_name, _benchmark.text)
+
+
+@bench.command("all")
+def bench_all(
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for a JSON file of each.")] = Path("bench"),
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to see that all run.")] = False,
+) -> None:
+    """Run every benchmark at the sizes that this machine can take.
+
+    Example: `gpo-fast bench all --quick`
+    """
+    from gpo_fast.bench.suite import run_all
+
+    failed = [name for name, status in run_all(folder, quick).items() if status]
+    if failed:
+        raise ValueError(f"these benchmarks failed: {', '.join(failed)}")
+
+
+@bench.command("compare")
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="JSON file of a benchmark.")],
+    after: Annotated[Path, typer.Argument(help="JSON file of the same benchmark, from another time or machine.")],
+) -> None:
+    """Show how two results of one benchmark differ.
+
+    Example: `gpo-fast bench compare before.json after.json`
+    """
+    from gpo_fast.bench.suite import compare
+
+    compare(before, after).show()
+
+
+@bench.command("readme")
+def bench_readme() -> None:
+    """Write the README's table of measured numbers from the results that are kept with the benchmarks.
+
+    Example: `gpo-fast bench readme`
+    """
+    from gpo_fast.bench.readme import README, with_table
+
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    print(README)
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:

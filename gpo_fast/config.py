@@ -81,7 +81,9 @@ class GPOConfig(TrainingArguments):
     stop: list[str] | None = _option(None, "Strings that end a completion.")
     num_samples: int = _option(4, "Monte Carlo continuations per step in the search for the critical step.")
     criterion: str = _option("max", "Critical step: largest gain (max), fall (min) or change (abs).")
-    estimator: str = _option("racing", "Search for it by racing, uniform (the paper's) or bisect (a heuristic).")
+    estimator: str = _option(
+        "racing", "Search by racing, uniform (the paper's) or bisect (a heuristic); random is none."
+    )
     delta: float = _option(0.1, "Racing stops when another step is better with at most this probability.")
     proposal: Any = _option(None, "Order of the search by logprob, entropy, gradient or a function; off if not set.")
     reset: str = _option("before", "Reset to the state before or after the critical step.")
@@ -161,7 +163,7 @@ class GPOConfig(TrainingArguments):
         _one_of("loss_type", self.loss_type, LOSS_TYPES)
         _one_of("criterion", self.criterion, ("max", "min", "abs"))
         _one_of("reset", self.reset, ("before", "after"))
-        _one_of("estimator", self.estimator, ("uniform", "racing", "bisect"))
+        _one_of("estimator", self.estimator, ("uniform", "racing", "bisect", "random"))
         _one_of("reuse", self.reuse, ("none", "split", "all"))
         if not callable(self.step_splitter):
             _one_of("step_splitter", self.step_splitter, METHODS)

@@ -47,6 +47,7 @@ from gpo_fast.self_check import compare_gradients, gradient_tolerance
 from gpo_fast.training_batch import TrainingBatch, padded_batches, tree_batches
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+PAIR_METRICS = ("rewards_chosen", "rewards_rejected", "margin", "accuracy")  # means over pairs, all others over tokens
 KL_ROWS = 8  # rows on which the divergence from the reference is measured when it is not part of the loss
 
 
@@ -422,7 +423,7 @@ class GPOTrainer(Trainer):
             self.value_head.zero_grad()
         total = torch.zeros((), device=args.device)
         sums: dict[str, float] = {}
-        weights = 0.0
+        weights: dict[str, int] = {}
         logprobs: dict[int, torch.Tensor] = {}
         for batch, reference in zip_longest(batches, references):
             with batch.attention(self.model):
@@ -437,12 +438,12 @@ class GPOTrainer(Trainer):
                         output = self.value_head.with_loss(output, batch, hidden, args, totals.tokens)
                 self.accelerator.backward(output.loss)
             total += output.loss.detach()
-            weight = len(batch.rows) if args.learns_from_pairs else len(batch.targets)
-            weights += weight
             for name, value in output.metrics.items():
+                weight = len(batch.rows) if name in PAIR_METRICS else len(batch.targets)
                 sums[name] = sums.get(name, 0.0) + float(value) * weight
+                weights[name] = weights.get(name, 0) + weight
             logprobs |= {id(row): own for row, own in zip(batch.rows, output.logprobs.split(batch.lengths))}
-        metrics = {name: value / weights for name, value in sums.items()}
+        metrics = {name: value / weights[name] for name, value in sums.items()}
         if batches:
             metrics["logprob"] = float(torch.cat(list(logprobs.values())).mean())
         return total, metrics, logprobs

@@ -17,6 +17,7 @@ from gpo_fast.config import LOSS_TYPES, PREFERENCE_LOSSES
 from gpo_fast.critic import generalized_advantages, monte_carlo_advantages, scale_advantages, value_loss
 from gpo_fast.critical import CriticalStep
 from gpo_fast.experience import TrainingRow
+from gpo_fast.ranks import ALONE
 from gpo_fast.replay import ReplayBuffer
 from gpo_fast.rewards import overlong_punishment
 from gpo_fast.run_files import last_checkpoint
@@ -186,17 +187,15 @@ def test_the_value_heads_gradient_is_that_of_the_definition(tmp_path: Path, pack
     assert distance(ours, {n: p.grad for n, p in run.model.named_parameters() if n in ours}) <= 1e-4
 
 
-def test_the_value_head_learns_what_a_prompt_is_worth(tmp_path: Path) -> None:
-    def by_prompt(prompts, **_):
-        return [float(prompt[0] in "01") for prompt in prompts]
-
-    run = build(
-        tmp_path / "run", by_prompt, loss_type="ppo", critic="value_head", value_head_learning_rate=3e-2, max_steps=25
-    )
-    run.train()
-    explained = [record["explained_variance"] for record in deterministic(tmp_path / "run")]
-    assert explained[0] == pytest.approx(0)
-    assert sum(explained[-3:]) / 3 > 0.5
+def test_the_value_head_learns_the_returns(tmp_path: Path) -> None:
+    run, experience = collected(tmp_path / "run", loss_type="ppo", critic="value_head", cliprange_value=10.0)
+    optimizer = torch.optim.Adam(run.value_head.parameters(), lr=1e-2)
+    errors = []
+    for _ in range(20):
+        errors.append(run._update(run.model, experience.rows)[1]["value_loss"])
+        optimizer.step()
+        run.model.zero_grad()
+    assert errors[-1] < 0.5 * errors[0]
 
 
 # -- advantages, DAPO, replay ------------------------------------------------------------------------------------
@@ -222,18 +221,18 @@ def sometimes(prompts, completions, **_):
 
 def test_groups_that_teach_nothing_make_room_for_other_prompts(tmp_path: Path) -> None:
     poor, rich = PROMPTS[8:], PROMPTS[:8]
-    run = build(tmp_path / "run", sometimes, [*poor, *rich], use_gpo=False, dynamic_sampling_rounds=4)
+    run = build(tmp_path / "run", sometimes, [*poor, *rich], use_gpo=False, dynamic_sampling_rounds=12)
     run.engine.update_weights()
     found = run.sampler.collect(poor[:4], 1, run.train_dataset)
     assert found.metrics["mixed_groups"] == 1
-    assert 1 <= found.metrics["resampling_rounds"] <= 4
+    assert 1 <= found.metrics["resampling_rounds"] <= 12
     assert all(tiny.tokenizer().decode(row.context_ids)[0] in "01" for row in found.rows)
     assert found.metrics["num_rollouts"] > len(found.rows) == 16
     kept = run.sampler.collect(poor[:4], 1, poor)
-    assert (kept.metrics["mixed_groups"], kept.metrics["resampling_rounds"]) == (0, 4)
-    assert kept.metrics["num_rollouts"] == 5 * 16
+    assert (kept.metrics["mixed_groups"], kept.metrics["resampling_rounds"]) == (0, 12)
+    assert kept.metrics["num_rollouts"] == 13 * 16
     again = run.sampler.collect(poor[:4], 1, run.train_dataset)
-    assert again.rows == found.rows
+    assert [row.token_ids for row in again.rows] == [row.token_ids for row in found.rows]
 
 
 def test_the_punishment_of_long_completions_is_trls() -> None:
@@ -352,7 +351,7 @@ def test_what_the_loss_decides(tmp_path: Path) -> None:
         ({"gae_lambda": 1.5}, "gae_lambda must be from 0 to 1, got 1.5"),
         ({"beta": 0.0, "loss_type": "dpo"}, "beta of dpo must be above 0"),
         ({"soft_punish_cache": 13}, "at most max_completion_length=12, got 13"),
-        ({"max_pairs": 0}, "max_pairs must be above 0"),
+        ({"max_pairs": 0}, "max_pairs must be at least 1"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
@@ -362,7 +361,7 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, changes: di
 
 def test_scaling_leaves_a_measured_zero_alone() -> None:
     rows = [row(advantage=0.0), row(advantage=3.0)]
-    scale_advantages(rows, centre=False)
+    scale_advantages(rows, ALONE, centre=False)
     assert rows[0].token_advantages == [0.0, 0.0]
-    scale_advantages(rows, centre=True)
+    scale_advantages(rows, ALONE, centre=True)
     assert sum(a for r in rows for a in r.token_advantages) == pytest.approx(0)

@@ -347,3 +347,14 @@ def test_a_reward_outside_its_range_is_named() -> None:
     drawn = exact.trajectories(backend, 1, seed=0, outcome=0.0)
     with pytest.raises(ValueError, match=r"reward of 3\.0 is outside reward_range, 0 to 2"):
         finder(backend, reward_range=(0, 2)).find(drawn, rewards=[3.0])
+
+
+def test_the_control_samples_nothing_and_resets_anywhere() -> None:
+    drawn = exact.trajectories(exact.ChainBackend(exact.even()), 400, seed=0, outcome=0.0)
+    found = finder(exact.ChainBackend(exact.even()), estimator="random").find(drawn)
+    assert {(f.num_rollouts, f.num_tokens) for f in found} == {(0, 0)}
+    places = np.bincount([f.index for f in found], minlength=len(found[0].steps))
+    expected = len(found) / len(places)
+    assert (np.abs(places - expected) < 4 * math.sqrt(expected)).all()
+    after = finder(exact.ChainBackend(exact.even()), estimator="random", reset="after").find(drawn)
+    assert all(0 < f.reset_state < len(f.steps) for f in after)

@@ -11,6 +11,7 @@ import numpy as np
 from gpo_fast.critical.bisect import BisectSearch
 from gpo_fast.critical.proposals import Proposal, named_proposal
 from gpo_fast.critical.racing import RacingSearch
+from gpo_fast.critical.random_step import RandomChoice
 from gpo_fast.critical.rounds import RoundRunner, SearchRun
 from gpo_fast.critical.search import Search, SearchProblem, UniformSearch
 from gpo_fast.critical.step import SCORES, Criterion, CriticalStep, Estimator, Reset, Reuse, mean
@@ -19,7 +20,12 @@ from gpo_fast.steps import Step, StepSplitter
 
 OutcomeReward = Callable[[Sequence[Completion]], Sequence[float]]
 
-_SEARCHES: dict[str, type[Search]] = {"uniform": UniformSearch, "racing": RacingSearch, "bisect": BisectSearch}
+_SEARCHES: dict[str, type[Search]] = {
+    "uniform": UniformSearch,
+    "racing": RacingSearch,
+    "bisect": BisectSearch,
+    "random": RandomChoice,
+}
 
 
 class CriticalStepFinder:
@@ -35,7 +41,8 @@ class CriticalStepFinder:
         criterion: "max" (the paper's: largest gain), "min" (largest fall), "abs" (largest change).
         estimator: "uniform", the paper's: N continuations of every state, in one batch. "racing": samples go where
             they tell most about which step is critical, until that has the probability 1 - `delta`. "bisect": a
-            heuristic for the step that lost a failing trajectory (criterion "min", reset "before").
+            heuristic for the step that lost a failing trajectory (criterion "min", reset "before"). "random": no
+            search, a step chosen by chance: the control.
         reset: keep the tokens "before" the critical step (the step itself is sampled anew) or "after" it; the last
             step cannot be kept, and a trajectory of one step is always reset to its start.
         reuse: which continuations of the reset state are handed on for training as `CriticalStep.reusable`:

@@ -1,0 +1,1 @@
+"""Benchmarks: every figure of the project comes from one of these scripts. `gpo-fast bench` runs them."""

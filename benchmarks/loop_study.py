@@ -1,0 +1,165 @@
+"""What a study's records say: accuracy by time, tokens and steps with intervals over seeds, as tables and a picture."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpo_fast.bench.common import Interval, ReadmeRow, Table, mean_interval
+from gpo_fast.bench.loop_tasks import Task
+
+Record = dict[str, Any]  # as loop_gain.run gives it
+CONTROL = "random"
+GOAL = 0.5  # share of the base's time in which its final accuracy is to be reached
+AXES = {"seconds": "training time (s)", "tokens": "sampled tokens", "steps": "optimiser steps"}
+GRID = 200  # points of a mean curve
+
+
+def base_of(algorithm: str) -> str:
+    """What an algorithm is compared with: it, without GPO."""
+    return "dpo" if algorithm.partition(":")[0].endswith("dpo") else "grpo"
+
+
+class Study:
+    """The records of one task, start and time: several algorithms, each with several seeds."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.by_algorithm: dict[str, dict[int, Record]] = defaultdict(dict)
+        for record in records:
+            self.by_algorithm[record["algorithm"]][record["seed"]] = record
+        first = records[0]
+        self.seconds, self.start = first["seconds"], first["start"]
+        self.task = Task(**first["task"])
+
+    @property
+    def title(self) -> str:
+        return f"{self.task.label}, {self.start:.0%} at the start, {self.seconds:g} s each"
+
+    def accuracy(self, algorithm: str, axis: str, at: float) -> list[float]:
+        """Accuracy of each seed where the axis has the value `at`, between two measurements in a straight line."""
+        return [_at(record, axis, at) for record in self.by_algorithm[algorithm].values()]
+
+    def final(self, algorithm: str) -> list[float]:
+        return self.accuracy(algorithm, "seconds", self.seconds)
+
+    def gain(self, algorithm: str) -> Interval:
+        """Final accuracy less the base's, over the seeds that both have: they began with the same weights."""
+        ours, theirs = self.by_algorithm[algorithm], self.by_algorithm.get(base_of(algorithm), {})
+        common = sorted(ours.keys() & theirs.keys())
+        end = self.seconds
+        return mean_interval([_at(ours[s], "seconds", end) - _at(theirs[s], "seconds", end) for s in common])
+
+    def shortest(self, axis: str) -> float:
+        """The value of the axis that every run has reached."""
+        return min(r["points"][-1][axis] for records in self.by_algorithm.values() for r in records.values())
+
+    def time_to_base(self, algorithm: str) -> float | None:
+        """Share of the time after which the mean curve stays at or above the base's mean final accuracy."""
+        grid, curve = self.mean_curve(algorithm, "seconds")
+        below = np.flatnonzero(curve < float(np.mean(self.final(base_of(algorithm)))) - 1e-12)
+        if len(below) == 0:
+            return 0.0
+        return None if below[-1] + 1 == len(grid) else float(grid[below[-1] + 1] / self.seconds)
+
+    def mean_curve(self, algorithm: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
+        grid = np.linspace(0, min(r["points"][-1][axis] for r in self.by_algorithm[algorithm].values()), GRID)
+        return grid, np.array([np.mean(self.accuracy(algorithm, axis, at)) for at in grid])
+
+    def table(self) -> Table:
+        tokens, steps = self.shortest("tokens"), self.shortest("steps")
+        columns = ("algorithm", "seeds", "start", "final", "final less base's", "time to base's final")
+        table = Table(self.title, (*columns, f"at {tokens:,.0f} tokens", f"at {steps:.0f} steps", "tokens", "steps"))
+        for algorithm, records in self.by_algorithm.items():
+            compared = base_of(algorithm) in self.by_algorithm.keys() - {algorithm}
+            reached = self.time_to_base(algorithm) if compared else None
+            table.add(
+                algorithm,
+                str(len(records)),
+                f"{mean_interval(self.accuracy(algorithm, 'seconds', 0)).mean:.1%}",
+                _percent(mean_interval(self.final(algorithm))),
+                "" if not compared else _percent(self.gain(algorithm), signed=True),
+                "" if not compared else "not reached" if reached is None else f"{reached:.0%} of it",
+                f"{np.mean(self.accuracy(algorithm, 'tokens', tokens)):.1%}",
+                f"{np.mean(self.accuracy(algorithm, 'steps', steps)):.1%}",
+                f"{np.mean([r['points'][-1]['tokens'] for r in records.values()]):,.0f}",
+                f"{np.mean([r['points'][-1]['steps'] for r in records.values()]):.0f}",
+            )
+        return table
+
+
+def studies(records: Iterable[Record]) -> list[Study]:
+    """The records that may be compared, together."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        key = {name: record[name] for name in ("task", "start", "seconds", "evaluations", "problems", "clock")}
+        groups[repr(key)].append(record)
+    return [Study(group) for group in groups.values()]
+
+
+def plot(all_studies: Sequence[Study], path: Path) -> None:
+    """A row for each study, a column for each axis; the band is the 95 % interval of the mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = (4.2 * len(AXES), 3.2 * len(all_studies))
+    figure, cells = pyplot.subplots(len(all_studies), len(AXES), figsize=size, squeeze=False, sharey="row")
+    for row, study in zip(cells, all_studies):
+        for cell, (axis, label) in zip(row, AXES.items()):
+            for algorithm in study.by_algorithm:
+                grid, curve = study.mean_curve(algorithm, axis)
+                (line,) = cell.plot(grid, curve, label=algorithm)
+                intervals = [mean_interval(study.accuracy(algorithm, axis, at)) for at in grid]
+                low, high = [i.low for i in intervals], [i.high for i in intervals]
+                cell.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            cell.set_xlabel(label)
+            cell.grid(alpha=0.3)
+        row[0].set_ylabel("held-out accuracy")
+        row[0].set_title(study.title, loc="left", fontsize=9)
+        row[0].legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
+    """Each algorithm's final accuracy against the base's at equal time, and the goal: its accuracy in half the time."""
+    return [
+        _readme_row(study, algorithm)
+        for study in studies(result["data"]["records"])
+        for algorithm in study.by_algorithm
+        if base_of(algorithm) in study.by_algorithm.keys() - {algorithm}
+    ]
+
+
+def _readme_row(study: Study, algorithm: str) -> ReadmeRow:
+    base, reached = base_of(algorithm), study.time_to_base(algorithm)
+    ours, theirs = (_percent(mean_interval(study.final(name))) for name in (algorithm, base))
+    time = "not reached" if reached is None else f"in {reached:.0%} of the time"
+    difference = f"difference {_percent(study.gain(algorithm), signed=True)}"
+    seeds = f"{len(study.by_algorithm[algorithm])} seeds"
+    return ReadmeRow(
+        f"{study.title}: {algorithm} against {base}, held-out accuracy at equal time",
+        "loop.py gain",
+        f"{ours} against {theirs}; {difference}, {seeds}; the base's final accuracy {time}",
+        "" if algorithm == CONTROL else f"the base's in {GOAL:.0%} of its time",
+        algorithm != CONTROL and (reached is None or reached > GOAL),
+    )
+
+
+def _at(record: Record, axis: str, at: float) -> float:
+    points = record["points"]
+    return float(np.interp(at, [p[axis] for p in points], [p["accuracy"] for p in points]))
+
+
+def _percent(interval: Interval, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    if math.isnan(interval.low):
+        return f"{interval.mean:{sign}.1%}"  # a single seed has no interval
+    return f"{interval.mean:{sign}.1%} ({interval.low:{sign}.1%} to {interval.high:{sign}.1%})"

@@ -1,0 +1,99 @@
+"""`gpo-fast bench`: which script measures what, with the settings that this machine can run; comparing two results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpo_fast.bench.common import Table, human
+
+FOLDER = Path(__file__).parent
+TIMES = ("median", "seconds", "median_ms")  # what a benchmark calls a time in its JSON
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A script; `dtype` is how it names number formats, `device` whether it takes one."""
+
+    script: str
+    text: str
+    options: tuple[str, ...] = ()
+    device: bool = True
+    dtypes: tuple[str, str] | None = None  # its names of bfloat16 and float32
+
+
+SUITE: dict[str, Benchmark] = {
+    "rollout": Benchmark(
+        "rollout.py", "Sampling branches, against transformers' ways.", dtypes=("bfloat16", "float32")
+    ),
+    "critical": Benchmark("critical.py", "The search for critical steps: right, and fast.", device=False),
+    "loss": Benchmark("loss.py", "Losses: time and memory, against plain torch, Liger and TRL."),
+    "tree": Benchmark("tree_training.py", "Training shared tokens once, against padded rows.", dtypes=("bf16", "fp32")),
+    "cache": Benchmark("prefix_cache.py", "The prefix cache, against others.", device=False),
+    "loop": Benchmark("loop.py", "An iteration's price, against plain GPO and TRL.", ("price",), device=False),
+}
+
+
+def run(name: str, options: list[str]) -> int:
+    """Runs one benchmark in a process of its own, as a script; options not given are this machine's. Exit status."""
+    return subprocess.run([sys.executable, *command(name, options)], check=False).returncode
+
+
+def command(name: str, options: list[str]) -> list[str]:
+    """The script with its options."""
+    import torch
+
+    from gpo_fast.demo.model import fast_dtype
+
+    benchmark, given = SUITE[name], {option.partition("=")[0] for option in options}
+    chosen: list[str] = []
+    if benchmark.device and "--device" not in given:
+        chosen += ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
+    if benchmark.dtypes and "--dtype" not in given:
+        chosen += ["--dtype", benchmark.dtypes[fast_dtype() == torch.float32]]
+    return [str(FOLDER / benchmark.script), *benchmark.options, *chosen, *options]
+
+
+def run_all(folder: Path, quick: bool) -> dict[str, int]:
+    """Runs every benchmark, with a JSON of each in `folder`; exit statuses by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    statuses = {}
+    for name in SUITE:
+        options = ["--json", str((folder / f"{name}.json").resolve()), *(["--quick"] if quick else [])]
+        statuses[name] = run(name, options)
+    return statuses
+
+
+def compare(before: Path, after: Path) -> Table:
+    """The times that two results of one benchmark have in common, and their ratio.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: they have no time in common.
+    """
+    old, new = (dict(times(json.loads(path.read_text(encoding="utf-8")))) for path in (before, after))
+    common = [name for name in old if name in new]
+    if not common:
+        raise ValueError(f"{before} and {after} have no time in common: are they of the same benchmark?")
+    table = Table(f"{before} against {after}", ("what", before.stem, after.stem, "after / before"))
+    for name in common:
+        table.add(name, human(old[name]), human(new[name]), f"{new[name] / old[name]:.2f}")
+    return table
+
+
+def times(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:
+    """(name, seconds) of every positive time in a result; rows of a list go by their texts, not by their place."""
+    if isinstance(value, list):
+        for number, part in enumerate(value):
+            texts = [v for v in part.values() if isinstance(v, str)] if isinstance(part, dict) else []
+            yield from times(part, (*path, " ".join(texts) or str(number)))
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            if key in TIMES and isinstance(part, int | float) and part > 0:
+                yield " / ".join(path), part / 1e3 if key.endswith("_ms") else float(part)
+            elif key not in ("machine", "arguments", "tables", "floors"):
+                yield from times(part, (*path, key))

@@ -1,0 +1,189 @@
+"""The benchmarks' own parts: tasks, intervals, studies that go on, the README's table."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from gpo_fast.bench import gpu
+from gpo_fast.bench.common import mean_interval
+from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
+from gpo_fast.bench.loop_price import FullVocabularyTrainer, PlainEngine, Size, StepClock, Way, our_trainer
+from gpo_fast.bench.loop_study import Study, studies
+from gpo_fast.bench.loop_tasks import TABLE, Task, character_tokenizer, solved
+from gpo_fast.bench.readme import README, table, with_table
+from gpo_fast.bench.suite import SUITE, command, compare
+from typer.testing import CliRunner
+
+from gpo_fast import GPOTrainer, Request, RolloutEngine, SamplingParams, cli
+from gpo_fast.run_files import read_records
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "basic_arithmetic"])
+def test_solutions_have_a_line_for_each_step_and_end_at_the_value(name: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    task = Task(name, 5)
+    rows = task.rows(50, seed=3)
+    for row in rows:
+        lines = row["solution"].split("\n")
+        assert len(lines) == 5
+        assert all(eval(left) == int(right) for left, right in (line.split("=") for line in lines))
+        assert int(row["answer"]) == eval(row["prompt"].removesuffix("=\n"))
+        assert len(row["solution"]) < task.max_tokens
+    columns = {"answer": [row["answer"] for row in rows]}
+    assert solved([row["solution"] for row in rows], **columns) == [1.0] * 50
+    assert not any(solved([row["solution"] + "1" for row in rows], **columns))
+
+
+@pytest.mark.parametrize(("pivotal", "hard"), [(True, 1), (False, 7)])
+def test_modular_chains_have_the_hard_steps_they_say(pivotal: bool, hard: int) -> None:
+    for row in Task("modular", 7, pivotal).rows(50, seed=1):
+        lines = row["solution"].split("\n")
+        assert (len(lines), row["prompt"].count("#")) == (7, hard)
+        for line in lines:
+            digit, operand, after = int(line[0]), int(line[2]), int(line[4])
+            assert after == (TABLE[digit][operand] if line[1] == "#" else (digit + operand) % 10)
+    with pytest.raises(ValueError, match="only 'modular' can be pivotal"):
+        Task("chain_sum", 4, pivotal=True)
+    with pytest.raises(ValueError, match="unknown task 'sums'"):
+        Task("sums", 4)
+
+
+def test_the_tokenizer_loses_no_character() -> None:
+    tokenizer = character_tokenizer()
+    text = "(-9--1*-2)+7#3=\n-1*-2=2"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_intervals_of_few_seeds_cover_the_mean() -> None:
+    draw = np.random.default_rng(0)
+    intervals = [mean_interval(draw.normal(3.0, 2.0, 5).tolist()) for _ in range(4000)]
+    covered = np.mean([i.low <= 3.0 <= i.high for i in intervals])
+    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
+    assert math.isnan(mean_interval([1.0]).low)
+
+
+def record(algorithm: str, seed: int, accuracies: list[float], tokens: float = 100.0) -> dict:
+    points = [
+        {"seconds": float(i), "steps": 2 * i, "tokens": tokens * i, "rollouts": i, "accuracy": a}
+        for i, a in enumerate(accuracies)
+    ]
+    shared = {"task": {"name": "modular", "steps": 4, "pivotal": False}, "start": 0.1, "evaluations": 4}
+    return {
+        **shared,
+        "algorithm": algorithm,
+        "seed": seed,
+        "seconds": 4.0,
+        "problems": 8,
+        "clock": "x",
+        "points": points,
+    }
+
+
+def test_a_study_compares_at_equal_time_tokens_and_steps() -> None:
+    base = [record("grpo", s, [0.1, 0.2, 0.3, 0.4, 0.5 + s / 100]) for s in range(3)]
+    ours = [record("gpo", s, [0.1, 0.4, 0.5, 0.6, 0.7 + s / 100], tokens=200.0) for s in range(3)]
+    (study,) = studies(base + ours)
+    assert study.gain("gpo").mean == pytest.approx(0.2)
+    assert study.gain("gpo").high - study.gain("gpo").low == pytest.approx(0, abs=1e-9)
+    assert study.time_to_base("gpo") == pytest.approx(0.525, abs=0.01)  # 0.51 between 0.5 at 2 s and 0.6 at 3 s
+    assert study.shortest("tokens") == 400
+    assert study.accuracy("gpo", "tokens", 400) == pytest.approx([0.5] * 3)
+    assert Study([*base, record("slow", 0, [0.1] * 5)]).time_to_base("slow") is None
+    assert len(studies([*base, {**ours[0], "seconds": 5.0}])) == 2
+    assert [row[0] for row in study.table().rows] == ["grpo", "gpo"]
+    preferences = Study([*base, record("dpo", 0, [0.1] * 5), record("gpo-dpo:beta=0.2", 0, [0.1, 0.1, 0.1, 0.1, 0.3])])
+    assert preferences.gain("gpo-dpo:beta=0.2").mean == pytest.approx(0.2)
+
+
+def test_a_run_is_recorded_once_and_its_clock_leaves_evaluation_out(tmp_path: Path) -> None:
+    trial = Trial(Task("modular", 2), "gpo:num_resets=2,learning_rate=1e-3", 0, start=0.0, seconds=0.5, evaluations=2)
+    assert trial.changes == {"estimator": "racing", "reuse": "all", "num_resets": 2, "learning_rate": 1e-3}
+    result = run(trial, tmp_path)
+    append(tmp_path / "study.jsonl", result)
+    assert is_finished(trial, read_records(tmp_path / "study.jsonl"))
+    assert not is_finished(Trial(Task("modular", 2), "grpo", 0, 0.0, 0.5, 2), read_records(tmp_path / "study.jsonl"))
+    points = result["points"]
+    assert [p["seconds"] for p in points] == sorted(p["seconds"] for p in points)
+    assert points[0] | {"accuracy": 0} == {"seconds": 0, "steps": 0, "tokens": 0, "rollouts": 0, "accuracy": 0}
+    assert points[-1]["seconds"] >= 0.5
+    assert points[-1]["tokens"] > points[-1]["rollouts"] > 0
+    json.dumps(result)
+    with pytest.raises(ValueError, match="unknown algorithm 'gppo'"):
+        Trial(Task("modular", 2), "gppo", 0, 0.1, 1.0)
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    committed = README.read_text(encoding="utf-8")
+    assert with_table(committed) == committed, "run `gpo-fast bench readme`"
+    assert committed.count("**missed**") == table().count("**missed**") > 0
+    with pytest.raises(ValueError, match="needs the lines"):
+        with_table("no table")
+
+
+def test_results_are_compared_by_name(tmp_path: Path) -> None:
+    def write(name: str, scale: float, rows: list[str]) -> Path:
+        data = {row: {"median": scale * (n + 1), "samples": 3} for n, row in enumerate(rows)}
+        runs = [{"peer": row, "median_ms": 1e3 * scale} for row in reversed(rows)]
+        (tmp_path / name).write_text(json.dumps({"data": data, "runs": runs, "floors": {"seconds": 1.0}}))
+        return tmp_path / name
+
+    before, after = write("a.json", 1.0, ["fork", "match"]), write("b.json", 3.0, ["fork", "match", "evict"])
+    shown = compare(before, after)
+    assert {row[0] for row in shown.rows} == {"data / fork", "data / match", "runs / fork", "runs / match"}
+    assert {row[-1] for row in shown.rows} == {"3.00"}
+    with pytest.raises(ValueError, match="no time in common"):
+        compare(before, write("c.json", 1.0, ["open"]))
+
+
+def test_the_command_line_finds_every_script_and_suits_the_machine() -> None:
+    shown = CliRunner().invoke(cli.app, ["bench", "--help"]).output
+    assert all(name in shown for name in (*SUITE, "all", "compare", "readme"))
+    for name in SUITE:
+        assert Path(command(name, [])[0]).is_file()
+    assert command("rollout", ["--dtype=float32", "--quick"])[-2:] == ["--dtype=float32", "--quick"]
+    assert command("tree", []).count("--dtype") == 1
+    assert command("tree", ["--dtype", "fp32"]).count("--dtype") == 1
+
+
+def test_the_gpu_run_fits_its_nine_minutes(tmp_path: Path) -> None:
+    plan = gpu.parts(tmp_path, quick=False)
+    assert sum(part.seconds for part in plan) <= 9 * 60 - 10
+    assert next(part for part in plan if part.name == "loop").command[2] == "price"
+
+
+def test_the_plain_engine_samples_what_the_engine_does() -> None:
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight *= 1e4  # one token has all the probability, so both must draw it
+    requests = [
+        Request(tokenizer(text)["input_ids"], n, SamplingParams(max_tokens=most))
+        for text, n, most in (("1+1=", 2, 9), ("a longer prefix: 2+2=", 1, 4), ("x", 3, 12))
+    ]
+    plain = PlainEngine(model, tokenizer, max_batch_size=4).generate(requests)
+    ours = RolloutEngine(model, tokenizer).generate(requests)
+    for theirs, mine in zip(plain, ours, strict=True):
+        assert (theirs.request_index, theirs.branch_index) == (mine.request_index, mine.branch_index)
+        assert theirs.prompt_token_ids == list(mine.prompt_token_ids)
+        assert (theirs.token_ids, theirs.finish_reason) == (list(mine.token_ids), mine.finish_reason)
+
+
+@pytest.mark.parametrize("packing", ["tree", "padded"])
+def test_the_full_vocabulary_loss_has_the_same_gradients(tmp_path: Path, packing: str) -> None:
+    gradients = []
+    for number, kind in enumerate((GPOTrainer, FullVocabularyTrainer)):
+        model = tiny.model()
+        way = Way({"packing": packing, "temperature": 0.8}, kind)
+        size = Size("tiny", "cpu", "float32", prompts=2, generations=3, resets=2, samples=2, tokens=20)
+        trainer = our_trainer(way, model, tiny.tokenizer(), size, tmp_path / str(number), 1, StepClock())
+        experience = trainer.sampler.collect(list(trainer.train_dataset)[:2], seed=1)
+        trainer._forest = experience.forest
+        trainer._update(trainer.model, experience.rows)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
+    assert gradients[0].norm() > 0
+    assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[0].norm()

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from common import Progress, Table, Timing, finish, human, parser
+from gpo_fast.bench.common import Progress, Table, Timing, finish, human, parser
 
 from gpo_fast import Completion, CriticalStepFinder, Request, RolloutEngine, SamplingParams, StepSplitter
 from gpo_fast.critical.step import SCORES

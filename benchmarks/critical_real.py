@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
-from common import Progress, Table, finish, parser
+from gpo_fast.bench.common import Progress, Table, finish, parser
 
 from gpo_fast import Completion, CriticalStepFinder, Request, RolloutEngine, SamplingParams, StepSplitter
 from gpo_fast.critical.proposals import GradientScore, Proposal, TokenEntropy, logprob_dip

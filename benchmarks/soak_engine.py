@@ -41,6 +41,7 @@ BLOCK_SIZE = 4
 LONGEST = 56  # tokens of a sequence
 CHECK_EVERY = 1000  # steps
 TOLERANCE = 1e-3  # float32 logprobs of two different orders of summation differ by about 1e-5
+FEWEST_STREAMS = 100  # on a slow machine too: every kind of event has its chance
 
 
 class Soak:
@@ -67,7 +68,7 @@ class Soak:
         """Streams one after the other for so long; (seconds, resident bytes) of the process on the way."""
         start = time.perf_counter()
         memory = [(0.0, resident_bytes())]
-        while (now := time.perf_counter() - start) < seconds:
+        while (now := time.perf_counter() - start) < seconds or self.seen["streams"] < FEWEST_STREAMS:
             self.one_stream()
             if now - memory[-1][0] > seconds / 200:
                 memory.append((now, resident_bytes()))

@@ -12,6 +12,11 @@ from gpo_fast.data import Example
 from gpo_fast.rollout.types import Completion
 
 
+def mixed_groups(rewards: np.ndarray) -> np.ndarray:
+    """Which groups of rewards (groups, n) differ within themselves, bool (groups,)."""
+    return rewards.max(axis=1) > rewards.min(axis=1)
+
+
 @dataclass
 class BaseRollouts:
     """Groups of completions, n of each prompt, group by group. A completion's `request_index` is its group."""
@@ -29,7 +34,7 @@ class BaseRollouts:
 
     def is_mixed(self) -> np.ndarray:
         """Which groups have outcomes that differ, bool (groups,)."""
-        return self.outcomes.max(axis=1) > self.outcomes.min(axis=1)
+        return mixed_groups(self.outcomes)
 
     def put(self, group: int, other: BaseRollouts, source: int) -> None:
         """Replaces a group by one of `other`."""

@@ -21,7 +21,7 @@ from gpo_fast.critic import monte_carlo_advantages, scale_advantages
 from gpo_fast.critical import CriticalStep, CriticalStepFinder, OutcomeReward
 from gpo_fast.critical.step import SCORES, branch_record
 from gpo_fast.data import Example, columns_of, decode_completion, encode_prompt, is_conversation
-from gpo_fast.dynamic_sampling import BaseRollouts, resample
+from gpo_fast.dynamic_sampling import BaseRollouts, mixed_groups, resample
 from gpo_fast.experience import Experience, TrainingRow
 from gpo_fast.forest import TokenForest
 from gpo_fast.pairs import preference_rows
@@ -312,16 +312,14 @@ class GuidedSampler:
         requests = []
         for n, s in enumerate(searched):
             assert s.critical is not None
-            cut = s.critical.token_position
-            prompt = s.completion.prompt_token_ids
-            room = max(1, min(self.config.max_completion_length, self.max_length - len(prompt)) - cut)
             requests.append(
-                Request(
-                    [*prompt, *s.completion.token_ids[:cut]],
+                CriticalStepFinder.continuation(
+                    s.completion,
+                    s.critical.token_position,
                     self.config.num_resets,
-                    self.config.sampling_params(max_tokens=room),
+                    self.config.sampling_params(),
                     seed=seeds[len(examples)] + n,
-                    trace=s.completion.trace,
+                    max_length=self.max_length,
                 )
             )
         drawn = self.engine.generate(requests)
@@ -413,8 +411,13 @@ class GuidedSampler:
 
 def search_mixed(rewards: np.ndarray) -> list[int]:
     """The worst trajectory of each group whose outcomes differ: elsewhere no step has made a difference."""
-    mixed = np.flatnonzero(rewards.max(axis=1) > rewards.min(axis=1))
-    return [int(group) * rewards.shape[1] + int(rewards[group].argmin()) for group in mixed]
+    worst = search_worst(rewards)
+    return [worst[group] for group in np.flatnonzero(mixed_groups(rewards))]
+
+
+def search_worst(rewards: np.ndarray) -> list[int]:
+    """The worst trajectory of every group."""
+    return [group * rewards.shape[1] + int(worst) for group, worst in enumerate(rewards.argmin(axis=1))]
 
 
 def search_all(rewards: np.ndarray) -> list[int]:

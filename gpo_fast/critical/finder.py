@@ -151,6 +151,26 @@ class CriticalStepFinder:
         return self._copies * sum(count * problem.prices[state] for state, count in wanted.items())
 
     @staticmethod
+    def continuation(
+        trajectory: Completion, cut: int, n: int, sampling: SamplingParams, *, seed: int, max_length: int | None = None
+    ) -> Request:
+        """A request for `n` continuations of the trajectory's first `cut` tokens.
+
+        `sampling.max_tokens` is the limit of the whole completion: a continuation gets what its prefix left of it,
+        and of a context of `max_length` tokens, but one token at least.
+        """
+        prompt, most = trajectory.prompt_token_ids, sampling.max_tokens
+        if max_length is not None:
+            most = min(most, max_length - len(prompt))
+        return Request(
+            [*prompt, *trajectory.token_ids[:cut]],
+            n,
+            replace(sampling, max_tokens=max(1, most - cut)),
+            seed=seed,
+            trace=trajectory.trace,
+        )
+
+    @staticmethod
     def whole(trajectory: Completion, continuation: Completion) -> Completion:
         """The continuation as a completion of the trajectory's prompt, so that rewards see all of it.
 
@@ -197,15 +217,9 @@ class CriticalStepFinder:
         )
 
     def _request(self, trajectory: Completion, run: SearchRun, cut: int, state: int, count: int) -> Request:
-        limit = getattr(self.engine, "max_length", None)
-        most = self.sampling.max_tokens
-        if limit is not None:
-            most = min(most, limit - len(trajectory.prompt_token_ids))
-        room = max(1, most - cut)
-        tokens = [*trajectory.prompt_token_ids, *trajectory.token_ids[:cut]]
         seed = np.random.SeedSequence([self.seed, run.row, state, run.num_rounds]).generate_state(1)
-        sampling = replace(self.sampling, max_tokens=room)
-        return Request(tokens, count, sampling, seed=int(seed[0]), trace=trajectory.trace)
+        limit = getattr(self.engine, "max_length", None)
+        return self.continuation(trajectory, cut, count, self.sampling, seed=int(seed[0]), max_length=limit)
 
     def _check_range(self, rewards: Sequence[float]) -> None:
         if self.reward_range is None:

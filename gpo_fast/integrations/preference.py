@@ -25,7 +25,7 @@ from gpo_fast.data import (
 )
 from gpo_fast.integrations.preference_text import Format, TextPair, exact_text
 from gpo_fast.pairs import ranked_pairs
-from gpo_fast.procedure import search_mixed
+from gpo_fast.procedure import search_mixed, search_worst
 from gpo_fast.rewards import RewardFunctions
 from gpo_fast.rollout.types import Completion, Request, SamplingParams
 from gpo_fast.steps import SplitFunction, StepSplitter
@@ -222,9 +222,7 @@ class _Builder:
 
     def _choose(self, rewards: np.ndarray) -> list[int]:
         """The trajectories to search, as indices into the flat list: the worst one of a prompt."""
-        if self.search == "mixed":
-            return search_mixed(rewards)
-        return [g * self.num_generations + int(worst) for g, worst in enumerate(rewards.argmin(axis=1))]
+        return search_mixed(rewards) if self.search == "mixed" else search_worst(rewards)
 
     def _find(
         self,
@@ -261,11 +259,8 @@ class _Builder:
         """The critical states with the continuations that can be handed to a trainer."""
         requests = []
         for n, (trajectory, critical) in enumerate(zip(trajectories, found)):
-            cut = critical.token_position
-            room = max(1, self._params(len(trajectory.prompt_token_ids)).max_tokens - cut)
-            context = [*trajectory.prompt_token_ids, *trajectory.token_ids[:cut]]
-            params = replace(self.sampling, max_tokens=room)
-            requests.append(Request(context, self.num_resets, params, seed=seed + n, trace=trajectory.trace))
+            params, cut = self._params(len(trajectory.prompt_token_ids)), critical.token_position
+            requests.append(CriticalStepFinder.continuation(trajectory, cut, self.num_resets, params, seed=seed + n))
         states = [_State(list(r.token_ids)) for r in requests]
         drawn = self.engine.generate(requests) if requests else []
         self.report.sampled = len(drawn)

@@ -226,10 +226,8 @@ class GPOTrainer(GRPOTrainer):
         cuts = [f.token_position for f in found]
         requests = []
         for n, (trajectory, cut) in enumerate(zip(trajectories, cuts)):
-            room = max(1, self._sampling(trajectory.prompt_token_ids).max_tokens - cut)
-            context = [*trajectory.prompt_token_ids, *trajectory.token_ids[:cut]]
-            sampling, seed = self._sampling(None, room), int(seeds[2]) + n
-            requests.append(Request(context, self.args.num_resets, sampling, seed, trace=trajectory.trace))
+            sampling, seed = self._sampling(trajectory.prompt_token_ids), int(seeds[2]) + n
+            requests.append(CriticalStepFinder.continuation(trajectory, cut, self.args.num_resets, sampling, seed=seed))
         metrics = self._metrics["train"]
         metrics["gpo/critical_advantage"].append(float(np.mean([f.advantages[f.index] for f in found])))
         metrics["gpo/critical_position"].append(float(np.mean([f.index / len(f.steps) for f in found])))
@@ -276,14 +274,14 @@ class GPOTrainer(GRPOTrainer):
 
     # -- parts ----------------------------------------------------------------------------------------------
 
-    def _sampling(self, prompt_ids: Sequence[int] | None, max_tokens: int | None = None) -> SamplingParams:
-        room = getattr(self._engine, "max_length", 1 << 30) - len(prompt_ids or ())
+    def _sampling(self, prompt_ids: Sequence[int]) -> SamplingParams:
+        room = getattr(self._engine, "max_length", 1 << 30) - len(prompt_ids)
         return SamplingParams(
             temperature=self.temperature,
             top_k=max(0, self.top_k or 0),
             top_p=self.top_p,
             min_p=self.min_p or 0.0,
-            max_tokens=max(1, min(self.max_completion_length, room)) if max_tokens is None else max_tokens,
+            max_tokens=max(1, min(self.max_completion_length, room)),
             stop_token_ids=tuple(self.eos_token_ids),
         )
 

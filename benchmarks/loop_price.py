@@ -20,7 +20,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from gpo_fast.bench.common import ReadmeRow, Table, human, machine, peak_memory
 from gpo_fast.bench.rollout import load
@@ -30,7 +29,9 @@ from transformers import PrinterCallback, TrainerCallback
 from gpo_fast import GPOConfig, GPOTrainer
 from gpo_fast.demo.run import ADAPTED
 from gpo_fast.demo.task import training
+from gpo_fast.losses import LossOutput
 from gpo_fast.objective import Totals
+from gpo_fast.procedure import search_worst
 from gpo_fast.rollout import Completion, Request, RolloutEngine
 from gpo_fast.run_files import read_records
 from gpo_fast.training_batch import TrainingBatch
@@ -112,30 +113,15 @@ class PlainEngine:
 class FullVocabularyTrainer(GPOTrainer):
     """GPOTrainer with GRPO's loss from whole rows of logits; on policy, so the ratio is 1 and its clipping idle."""
 
-    def _backward(
-        self,
-        batches: Sequence[TrainingBatch],
-        references: Sequence[torch.Tensor],
-        totals: Totals,
-        reference_kl: float,
-    ) -> tuple[torch.Tensor, dict[str, float], dict[int, torch.Tensor]]:
-        total, kept = torch.zeros((), device=self.args.device), {}
-        for batch in batches:
-            with batch.attention(self.model):
-                with self.compute_loss_context_manager():
-                    hidden = batch.hidden(self._base_model().get_decoder())
-                    logits = self._head()(hidden).float() / self.args.temperature
-                    logprobs = torch.log_softmax(logits, -1)[batch.row_of_token, batch.targets]
-                ratio = torch.exp(logprobs - logprobs.detach())
-                counts = torch.bincount(batch.sequence_ids)
-                advantages = ratio.new_tensor([row.advantage for row in batch.rows])
-                weight = (advantages / counts)[batch.sequence_ids] / totals.sequences
-                loss = -(weight * ratio).sum()
-                self.accelerator.backward(loss)
-            total += loss.detach()
-            own = logprobs.detach().split(counts.tolist())
-            kept |= {id(row): values for row, values in zip(batch.rows, own)}
-        return total, {}, kept
+    def _objective(
+        self, batch: TrainingBatch, reference: torch.Tensor | None, totals: Totals, reference_kl: float
+    ) -> LossOutput:
+        hidden = batch.hidden(self._base_model().get_decoder())
+        logits = self._head()(hidden).float() / self.args.temperature
+        logprobs = torch.log_softmax(logits, -1)[batch.row_of_token, batch.targets]
+        ratio = torch.exp(logprobs - logprobs.detach())
+        weight = (batch.advantages / torch.bincount(batch.sequence_ids))[batch.sequence_ids] / totals.sequences
+        return LossOutput(-(weight * ratio).sum(), logprobs.detach(), None, {})
 
 
 @dataclass(frozen=True)
@@ -194,11 +180,6 @@ class StepClock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._began)
 
 
-def worst_of_each(rewards: np.ndarray) -> list[int]:
-    """A search for every group, mixed or not."""
-    return [group * rewards.shape[1] + int(rewards[group].argmin()) for group in range(len(rewards))]
-
-
 def measure(row: str, size: Size, repeats: int) -> dict[str, Any]:
     """The record of one row: seconds of `repeats` iterations after one that is not counted."""
     model, tokenizer = load(size.model, getattr(torch, size.dtype), size.device)
@@ -235,7 +216,7 @@ def our_trainer(
         "num_resets": size.resets,
         "num_samples": size.samples,
         "max_completion_length": size.tokens,
-        "search": worst_of_each,
+        "search": search_worst,  # in every group, mixed or not
         "step_splitter": "tokens",
         "min_step_tokens": STEP_TOKENS,
         "max_batch_size": 64,

@@ -34,6 +34,7 @@ from gpo_fast.critic import ValueHead, explained_variance, scale_advantages, set
 from gpo_fast.data import check_dataset
 from gpo_fast.experience import Experience, TrainingRow, inseparable
 from gpo_fast.forest import TokenForest
+from gpo_fast.losses import LossOutput
 from gpo_fast.losses.linear_logprob import HeadInputs
 from gpo_fast.losses.shared_rows import token_logprobs
 from gpo_fast.objective import Totals, policy_objective, preference_objective
@@ -418,24 +419,16 @@ class GPOTrainer(Trainer):
 
         Loss and gradients are this process's part of those of all: `totals` and `reference_kl` are everyone's.
         """
-        args = self.args
         if self.value_head is not None:
             self.value_head.zero_grad()
-        total = torch.zeros((), device=args.device)
+        total = torch.zeros((), device=self.args.device)
         sums: dict[str, float] = {}
         weights: dict[str, int] = {}
         logprobs: dict[int, torch.Tensor] = {}
         for batch, reference in zip_longest(batches, references):
             with batch.attention(self.model):
                 with self.compute_loss_context_manager():
-                    hidden = batch.hidden(self._base_model().get_decoder())
-                    head = {"hidden": hidden, "weight": self._head().weight, **self._head_options()}
-                    if args.learns_from_pairs:
-                        output = preference_objective(batch, head, args, totals, reference, reference_kl)
-                    else:
-                        output = policy_objective(batch, head, args, totals, reference)
-                    if self.value_head is not None:
-                        output = self.value_head.with_loss(output, batch, hidden, args, totals.tokens)
+                    output = self._objective(batch, reference, totals, reference_kl)
                 self.accelerator.backward(output.loss)
             total += output.loss.detach()
             for name, value in output.metrics.items():
@@ -447,6 +440,20 @@ class GPOTrainer(Trainer):
         if batches:
             metrics["logprob"] = float(torch.cat(list(logprobs.values())).mean())
         return total, metrics, logprobs
+
+    def _objective(
+        self, batch: TrainingBatch, reference: torch.Tensor | None, totals: Totals, reference_kl: float
+    ) -> LossOutput:
+        """The loss of a batch, as its part of that of all rows; `reference` are log-probabilities [T]."""
+        hidden = batch.hidden(self._base_model().get_decoder())
+        head = {"hidden": hidden, "weight": self._head().weight, **self._head_options()}
+        if self.args.learns_from_pairs:
+            output = preference_objective(batch, head, self.args, totals, reference, reference_kl)
+        else:
+            output = policy_objective(batch, head, self.args, totals, reference)
+        if self.value_head is not None:
+            output = self.value_head.with_loss(output, batch, hidden, self.args, totals.tokens)
+        return output
 
     def _references(self, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:
         """Log-probabilities [T] of each batch under the reference; none where the loss needs none."""

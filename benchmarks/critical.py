@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from gpo_fast.bench.common import Progress, Table, Timing, finish, human, parser
+from gpo_fast.bench.common import Progress, ReadmeRow, Table, Timing, finish, human, parser
 
 from gpo_fast import Completion, CriticalStepFinder, Request, RolloutEngine, SamplingParams, StepSplitter
 from gpo_fast.critical.step import SCORES
@@ -326,6 +326,21 @@ def sampled(model: Any, new_tokens: int) -> dict[str, Any]:
         "max_new_tokens": new_tokens,
         "pad_token_id": pad,
     }
+
+
+def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
+    """The ratios of ways to search, with the goals that the result's own table names."""
+    what, ratios = result["tables"][0]["title"], result["tables"][1]["rows"]
+    options = result["arguments"]
+    command = f"critical.py --trajectories {options['trajectories']} --repeats {options['repeats']}"
+    names = dict(row[0].split(" ", 1) for row in result["tables"][0]["rows"])
+    rows = []
+    for pair, ratio, goal in ratios:
+        slow, fast = (names[way] for way in pair.split(" over "))
+        text = f"search of {what}: {fast}, against {slow}"
+        missed = float(ratio.split()[0]) < float(goal.split()[0])
+        rows.append(ReadmeRow(text, command, f"{ratio} as fast", goal, missed))
+    return rows
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
-from gpo_fast.bench.common import Progress, Table, finish, parser
+from gpo_fast.bench.common import Progress, ReadmeRow, Table, finish, parser
 
 from gpo_fast import Completion, CriticalStepFinder, Request, RolloutEngine, SamplingParams, StepSplitter
 from gpo_fast.critical.proposals import GradientScore, Proposal, TokenEntropy, logprob_dip
@@ -364,6 +364,13 @@ def falls_further(values: Sequence[float], step: int) -> bool:
     fall = -np.diff(np.eye(len(values)), axis=0)  # row i: the weights of the values in the fall at step i
     weights = fall - fall[step]
     return bool((weights @ np.array(values) > 2 * np.sqrt(weights**2 @ variances) + 1e-9).any())
+
+
+def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
+    """How often each method finds the first wrong line; there is no goal."""
+    table = result["tables"][0]
+    text = "; ".join(f"{method} {hits} ({tokens} tokens)" for method, hits, _, tokens, _ in table["rows"])
+    return [ReadmeRow(table["title"].replace("The first", "finding the first"), "critical_real.py", text)]
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gpo_fast.bench.common import Table, human
+if TYPE_CHECKING:
+    from gpo_fast.bench.common import Table
 
 FOLDER = Path(__file__).parent
 TIMES = ("median", "seconds", "median_ms")  # what a benchmark calls a time in its JSON
@@ -75,6 +76,8 @@ def compare(before: Path, after: Path) -> Table:
     Raises:
         FileNotFoundError: no such file. ValueError: they have no time in common.
     """
+    from gpo_fast.bench.common import Table, human  # here: the command line reads SUITE whenever it starts
+
     old, new = (dict(times(json.loads(path.read_text(encoding="utf-8")))) for path in (before, after))
     common = [name for name in old if name in new]
     if not common:

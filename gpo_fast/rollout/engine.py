@@ -187,7 +187,8 @@ class RolloutEngine:
     def check_fits(self, number: int, request: Request) -> None:
         """Raises ValueError unless request `number` fits the model's context and the KV memory."""
         length, new = len(request.token_ids), request.sampling.max_tokens
-        low, high = np.min(request.token_ids), np.max(request.token_ids)
+        ids = np.asarray(request.token_ids)
+        low, high = ids.min(), ids.max()
         if low < 0 or high >= self._vocabulary:
             raise ValueError(
                 f"request {number} has the token {low if low < 0 else high}, but the model's tokens are 0 to "

@@ -80,16 +80,16 @@ def compare(runs: dict[str, Run], device: torch.device, repeats: int) -> dict[st
     return results
 
 
-def decode_case(
-    prompts: int, branches: int, prefix: int, tail: int, heads: int, kv_heads: int, device: torch.device
-) -> tuple[dict[str, Run], int]:
-    """The runs, and the bytes of all keys and values read once."""
-    head_dim, rows, dtype = 128, prompts * branches, torch.bfloat16
-    shared, private = prefix // BLOCK, -(-tail // BLOCK)
-    pages = np.arange(prompts * shared + rows * private, dtype=np.int32)
+def comb_plan(pages: np.ndarray, prompts: int, branches: int, prefix: int, tail: int, block_size: int) -> PlanArrays:
+    """`prompts` prefixes, each shared by `branches` rows with private tails.
+
+    Args:
+        pages: int32, first those of the prefixes, prompt by prompt, then those of the tails, row by row.
+        prefix: tokens, a multiple of `block_size`.
+    """
+    rows, shared, private = prompts * branches, prefix // block_size, -(-tail // block_size)
     groups, tails = np.split(pages, [prompts * shared])
-    lengths = np.full(rows, prefix + tail, np.int32)
-    plan = PlanArrays(
+    return PlanArrays(
         np.zeros(prompts, np.int32),
         np.full(prompts, prefix, np.int32),
         np.arange(prompts + 1, dtype=np.int32) * shared,
@@ -100,7 +100,20 @@ def decode_case(
         np.arange(rows + 1, dtype=np.int32) * private,
         tails,
     )
-    tables = np.concatenate([np.repeat(groups.reshape(prompts, -1), branches, 0), tails.reshape(rows, -1)], 1)
+
+
+def decode_case(
+    prompts: int, branches: int, prefix: int, tail: int, heads: int, kv_heads: int, device: torch.device
+) -> tuple[dict[str, Run], int]:
+    """The runs, and the bytes of all keys and values read once."""
+    head_dim, rows, dtype = 128, prompts * branches, torch.bfloat16
+    shared, private = prefix // BLOCK, -(-tail // BLOCK)
+    pages = np.arange(prompts * shared + rows * private, dtype=np.int32)
+    plan = comb_plan(pages, prompts, branches, prefix, tail, BLOCK)
+    lengths = np.full(rows, prefix + tail, np.int32)
+    tables = np.concatenate(
+        [np.repeat(plan.pages.reshape(prompts, -1), branches, 0), plan.tail_pages.reshape(rows, -1)], 1
+    )
     q = torch.randn(rows, heads, head_dim, device=device, dtype=dtype)
     keys, values = (torch.randn(len(pages) * BLOCK, kv_heads, head_dim, device=device, dtype=dtype) for _ in range(2))
     on_device, scale = torch.from_numpy(lengths).to(device), head_dim**-0.5

@@ -11,12 +11,12 @@ from pathlib import Path
 import tiny
 import torch
 from peft import LoraConfig
+from test_trainer import PROMPTS
 
 from gpo_fast import GPOConfig, GPOTrainer
 from gpo_fast.experience import TrainingRow
 from gpo_fast.run_files import last_checkpoint
 
-PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
 CASES = {
     "grpo": {"loss_type": "grpo", "beta": 0.1},
     "dapo": {"loss_type": "dapo", "packing": "padded"},

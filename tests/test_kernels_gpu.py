@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gpo_fast.bench.triton_kernels import comb_plan
 from gpo_fast.kernels.kv_blocks import copy_blocks, write_kv
 from gpo_fast.kernels.sampling import sample_tokens
 from gpo_fast.kernels.shared_attention import shared_attention
 from gpo_fast.kernels.tree_attention import tree_attention, tree_blocks
-from gpo_fast.kernels.work_list import PlanArrays
 from test_kernels_sampling import draw, streams
 from test_kernels_shared_attention import TOLERANCE, Forest, assert_close, reference
 from test_kernels_tree_attention import assert_equals_dense, random_subtree_ends
@@ -26,22 +26,11 @@ def comb(prompts: int, branches: int, prefix: int, tail: int, block_size: int = 
     """`prompts` prefixes, each shared by `branches` rows with private tails."""
     rows, shared, private = prompts * branches, prefix // block_size, -(-tail // block_size)
     names = np.random.default_rng(0).permutation(prompts * shared + rows * private).astype(np.int32)
-    groups, tails = np.split(names, [prompts * shared])
-    plan = PlanArrays(
-        np.zeros(prompts, np.int32),
-        np.full(prompts, prefix, np.int32),
-        np.arange(prompts + 1, dtype=np.int32) * shared,
-        groups,
-        np.arange(prompts + 1, dtype=np.int32) * branches,
-        np.arange(rows, dtype=np.int32),
-        np.full(rows, prefix, np.int32),
-        np.arange(rows + 1, dtype=np.int32) * private,
-        tails,
-    )
+    plan = comb_plan(names, prompts, branches, prefix, tail, block_size)
     lengths = (prefix + tail - np.arange(rows) % min(block_size, tail)).astype(np.int32)
     slots = []
     for row in range(rows):
-        own = [groups.reshape(prompts, -1)[row // branches], tails.reshape(rows, -1)[row]]
+        own = [plan.pages.reshape(prompts, -1)[row // branches], plan.tail_pages.reshape(rows, -1)[row]]
         pages = np.concatenate(own).astype(np.int64)
         slots.append((pages[:, None] * block_size + np.arange(block_size)).reshape(-1)[: lengths[row]])
     return Forest(plan, slots, lengths, len(names))

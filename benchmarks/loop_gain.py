@@ -1,8 +1,8 @@
 """One run of the gain study: a tiny model, its warm start, one algorithm for a fixed time, its learning curve.
 
 The clock is this process's CPU time in training steps, evaluation left out: on a machine that others use as well it
-says what wall-clock time would say on an idle core. All algorithms of a seed begin with the same weights and share
-every setting that they do not name themselves.
+says what wall-clock time would say on an idle core. All runs of a task begin with the same weights (a seed draws
+problems and samples) and share every setting that they do not name themselves.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Trial:
     seed: int
     start: float  # solve rate at which the warm-up ends
     seconds: float  # of training
-    evaluations: int = 8  # after equal parts of the time, and one before
+    evaluations: int = 5  # after equal parts of the time, and one before
     problems: int = 512  # held-out ones, one sample each at temperature 1
 
     def __post_init__(self) -> None:
@@ -184,26 +184,26 @@ def tiny_model(tokenizer: Any, context: int, seed: int) -> Any:
 
 
 def warm_start(trial: Trial, folder: Path, max_steps: int = 5000) -> Path:
-    """A model that was taught until it solves the trial's share of problems; trained once for each task and seed.
+    """A model that was taught until it solves the trial's share of problems; trained once for each task and start.
 
     Raises:
         RuntimeError: it does not get there.
     """
     task = trial.task
-    name = f"{task.name}-{task.steps}{'-pivotal' if task.pivotal else ''}-{trial.start:g}-{trial.seed}"
+    name = f"{task.name}-{task.steps}{'-pivotal' if task.pivotal else ''}-{trial.start:g}"
     target = folder / "warm" / name
     if target.is_dir():
         return target
     tokenizer = character_tokenizer()
-    model = tiny_model(tokenizer, context=16 * task.steps + 64, seed=trial.seed)
+    model = tiny_model(tokenizer, context=16 * task.steps + 64, seed=WARMUP_SEED)
     sampler = GuidedSampler(
         RolloutEngine(model, tokenizer, kv_cache_memory=64 << 20, max_batch_size=128),
         RewardFunctions(solved),
         settings(trial, folder),
         model.config.max_position_embeddings,
     )
-    checks = task.rows(256, WARMUP_SEED - 1 - trial.seed)
-    lessons = task.rows(LESSONS, WARMUP_SEED + trial.seed)
+    checks = task.rows(256, WARMUP_SEED - 1)
+    lessons = task.rows(LESSONS, WARMUP_SEED)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0)
     rate = 0.0
     for step in range(max_steps):

@@ -19,7 +19,6 @@ from tokenizers.decoders import Fuse
 from transformers import PreTrainedTokenizerFast
 
 from gpo_fast.demo.task import solution as sum_lines
-from gpo_fast.rewards import last_line
 
 Row = dict[str, Any]  # prompt, answer, solution
 OPERATORS: dict[type[ast.operator], tuple[str, Callable[[int, int], int]]] = {
@@ -71,9 +70,10 @@ class Task:
         return SOURCES[self.name](self, count, seed)
 
 
-def solved(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """1 where what follows the last line's last '=' is the answer."""
-    return [float(last_line(c).rpartition("=")[2] == a) for c, a in zip(completions, answer)]
+def solved(completions: list[Any], solution: list[str], **_: Any) -> list[float]:
+    """1 where every line is right. The last number alone may be guessed, and a policy that rarely succeeds learns to
+    guess: one digit in ten of `modular` is right by chance."""
+    return [float(c.strip() == s) for c, s in zip(completions, solution)]
 
 
 def chain_sum(task: Task, count: int, seed: int) -> list[Row]:
@@ -139,7 +139,7 @@ def modular(task: Task, count: int, seed: int) -> list[Row]:
 
 
 def _row(expression: str, lines: str) -> Row:
-    return {"prompt": expression + "=\n", "solution": lines, "answer": lines.rpartition("=")[2]}
+    return {"prompt": expression + "=\n", "solution": lines}
 
 
 _draw = random.Random("the hard operation")

@@ -33,11 +33,12 @@ def test_solutions_have_a_line_for_each_step_and_end_at_the_value(name: str) -> 
         lines = row["solution"].split("\n")
         assert len(lines) == 5
         assert all(eval(left) == int(right) for left, right in (line.split("=") for line in lines))
-        assert int(row["answer"]) == eval(row["prompt"].removesuffix("=\n"))
+        assert int(lines[-1].rpartition("=")[2]) == eval(row["prompt"].removesuffix("=\n"))
         assert len(row["solution"]) < task.max_tokens
-    columns = {"answer": [row["answer"] for row in rows]}
-    assert solved([row["solution"] for row in rows], **columns) == [1.0] * 50
-    assert not any(solved([row["solution"] + "1" for row in rows], **columns))
+    solutions = [row["solution"] for row in rows]
+    assert solved(solutions, solutions) == [1.0] * 50
+    assert not any(solved([text + "1" for text in solutions], solutions))
+    assert not any(solved([text.rpartition("\n")[2] for text in solutions], solutions))  # the last line alone
 
 
 @pytest.mark.parametrize(("pivotal", "hard"), [(True, 1), (False, 7)])

@@ -19,6 +19,7 @@
 
 #include "cpu/linear_logprob_gemm.h"
 
+#define GPO_HAS_AMX 1
 #define GPO_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
 
 namespace gpo_fast::cpu {

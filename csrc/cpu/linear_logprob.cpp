@@ -12,13 +12,51 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "cpu/amx.h"
 #include "cpu/linear_logprob_gemm.h"
 
 namespace gpo_fast::cpu {
+
+namespace {
+
+enum class Instructions { kNone, kAvx512, kAmx };
+
+bool has_avx512() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+Instructions in_use = amx_supported() ? Instructions::kAmx : has_avx512() ? Instructions::kAvx512 : Instructions::kNone;
+
+}  // namespace
+
+const char* linear_logprob_kernels() {
+    return in_use == Instructions::kAmx ? "amx" : in_use == Instructions::kAvx512 ? "avx512" : "none";
+}
+
+void use_linear_logprob_kernels(const std::string& name) {
+    if (name == "none") {
+        in_use = Instructions::kNone;
+    } else if (name == "avx512" && has_avx512()) {
+        in_use = Instructions::kAvx512;
+    } else if (name == "amx" && amx_supported()) {
+        in_use = Instructions::kAmx;
+    } else {
+        throw std::invalid_argument("kernels must be 'amx', 'avx512' or 'none' and run on this machine, got '" + name +
+                                    "'");
+    }
+}
 
 #if defined(__x86_64__)
 
@@ -29,6 +67,29 @@ constexpr std::size_t kForwardVocab = 256;   // columns of a chunk: its packed w
 constexpr std::size_t kBackwardVocab = 128;  // smaller, because the weight's gradient lies there too
 constexpr std::size_t kRows = 96;            // rows whose logits are alive at a time
 constexpr std::size_t kBackwardRows = 192;   // also the depth of the weight gradient's product
+
+// Products of bfloat16 matrices, the right one packed, by the instructions in use. Each thread has its own.
+class Products {
+  public:
+    Products() {
+#if defined(GPO_HAS_AMX)
+        if (in_use == Instructions::kAmx) tiles_.emplace();
+#endif
+    }
+    // c (rows, columns) = or += a (rows, 2 pairs) b, with b packed and columns a multiple of 64.
+    void operator()(const bf16* a, std::size_t lda, std::size_t rows, const pair* b, std::size_t pairs,
+                    std::size_t columns, float* c, std::size_t ldc, bool accumulate) const {
+#if defined(GPO_HAS_AMX)
+        if (tiles_) return amx_multiply(a, lda, rows, b, pairs, columns, c, ldc, accumulate);
+#endif
+        multiply(a, lda, rows, b, pairs, columns, c, ldc, accumulate);
+    }
+
+  private:
+#if defined(GPO_HAS_AMX)
+    std::optional<AmxTiles> tiles_;
+#endif
+};
 
 // 64-byte aligned storage; not initialised unless `zero`.
 template <typename T>
@@ -154,6 +215,7 @@ GPO_AVX512 void forward_rows(const LogprobInputs& in, const ForwardOutputs& out,
                              const std::vector<std::int64_t>& first, std::size_t begin, std::size_t end) {
     const std::size_t count = end - begin, width = in.width, padded_width = round_up(width, kPanel);
     const std::size_t pairs = (width + 1) / 2;
+    const Products product;
     const bool keep = out.expected != nullptr, keep_entropy = out.entropy_row != nullptr;
     Buffer<pair> by_logit(kForwardVocab * pairs);
     Buffer<pair> by_width(keep ? padded_width * kForwardVocab / 2 : 0);
@@ -175,8 +237,8 @@ GPO_AVX512 void forward_rows(const LogprobInputs& in, const ForwardOutputs& out,
 
         for (std::size_t block = 0; block < count; block += kRows) {
             const std::size_t rows = std::min(kRows, count - block);
-            multiply(left.data + (begin + block) * left.stride, left.stride, rows, by_logit.get(), pairs, padded,
-                     z.get(), kForwardVocab, false);
+            product(left.data + (begin + block) * left.stride, left.stride, rows, by_logit.get(), pairs, padded,
+                    z.get(), kForwardVocab, false);
             for (std::size_t r = 0; r < rows; ++r) {
                 const std::size_t row = block + r;
                 float* logits = z.get() + r * kForwardVocab;
@@ -213,11 +275,11 @@ GPO_AVX512 void forward_rows(const LogprobInputs& in, const ForwardOutputs& out,
                 }
             }
             if (keep)
-                multiply(p.get(), kForwardVocab, rows, by_width.get(), depth, padded_width,
-                         expected.get() + block * padded_width, padded_width, true);
+                product(p.get(), kForwardVocab, rows, by_width.get(), depth, padded_width,
+                        expected.get() + block * padded_width, padded_width, true);
             if (keep_entropy)
-                multiply(weighted.get(), kForwardVocab, rows, by_width.get(), depth, padded_width,
-                         entropy_row.get() + block * padded_width, padded_width, true);
+                product(weighted.get(), kForwardVocab, rows, by_width.get(), depth, padded_width,
+                        entropy_row.get() + block * padded_width, padded_width, true);
         }
     }
     for (std::size_t row = 0; row < count; ++row) {
@@ -288,6 +350,7 @@ GPO_AVX512 void backward_vocab(const LogprobInputs& in, const BackwardInputs& gr
                                float* hidden_gradient) {
     const std::size_t rows = in.rows, width = in.width, padded_width = round_up(width, kPanel);
     const std::size_t pairs = (width + 1) / 2;
+    const Products product;
     Buffer<pair> by_logit(kBackwardVocab * pairs);
     Buffer<pair> by_width(out.hidden ? padded_width * kBackwardVocab / 2 : 0);
     Buffer<pair> by_column(out.weight ? kBackwardVocab * kBackwardRows / 2 : 0);
@@ -306,8 +369,8 @@ GPO_AVX512 void backward_vocab(const LogprobInputs& in, const BackwardInputs& gr
 
         for (std::size_t block = 0; block < rows; block += kBackwardRows) {
             const std::size_t height = std::min(kBackwardRows, rows - block);
-            multiply(left.data + block * left.stride, left.stride, height, by_logit.get(), pairs, padded, z.get(),
-                     kBackwardVocab, false);
+            product(left.data + block * left.stride, left.stride, height, by_logit.get(), pairs, padded, z.get(),
+                    kBackwardVocab, false);
             for (std::size_t r = 0; r < height; ++r) {
                 const std::size_t row = block + r;
                 float* logits = z.get() + r * kBackwardVocab;
@@ -325,16 +388,20 @@ GPO_AVX512 void backward_vocab(const LogprobInputs& in, const BackwardInputs& gr
                     for (std::size_t j = 0; j < columns; ++j) out.bias[start + j] += exact.get()[j];
             }
             if (out.hidden)
-                multiply(gradient.get(), kBackwardVocab, height, by_width.get(), (columns + 1) / 2, padded_width,
-                         hidden_gradient + block * padded_width, padded_width, true);
+                product(gradient.get(), kBackwardVocab, height, by_width.get(), (columns + 1) / 2, padded_width,
+                        hidden_gradient + block * padded_width, padded_width, true);
             if (out.weight) {
                 pack_rows(gradient.get(), kBackwardVocab, height, padded, by_column.get());
-                multiply(hidden_transposed + block, transposed_stride, width, by_column.get(), (height + 1) / 2, padded,
-                         weight_gradient.get(), kBackwardVocab, block > 0);
+                product(hidden_transposed + block, transposed_stride, width, by_column.get(), (height + 1) / 2, padded,
+                        weight_gradient.get(), kBackwardVocab, block > 0);
             }
         }
         if (out.weight) write_transposed(weight_gradient.get(), columns, width, out.weight + start * width);
     }
+}
+
+void check_instructions() {
+    if (in_use == Instructions::kNone) throw std::runtime_error("no AVX-512 with BF16 in use: use the chunked path");
 }
 
 // Runs job(index, begin, end) on `threads` threads over [0, count) in near-equal parts of a multiple of
@@ -354,13 +421,8 @@ void parallel(std::size_t count, std::size_t unit, int threads, const Job& job) 
 
 }  // namespace
 
-bool linear_logprob_supported() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bf16");
-}
-
 void linear_logprob_forward(const LogprobInputs& in, const ForwardOutputs& out, int threads) {
+    check_instructions();
     std::fill(out.target_logits, out.target_logits + in.entries, -kInfinity);
     std::fill(out.target_slopes, out.target_slopes + in.entries, 0.0f);
     const Left left(in);
@@ -371,6 +433,7 @@ void linear_logprob_forward(const LogprobInputs& in, const ForwardOutputs& out, 
 
 void linear_logprob_backward(const LogprobInputs& in, const BackwardInputs& gradients, const BackwardOutputs& out,
                              int threads) {
+    check_instructions();
     const Left left(in);
     const std::vector<std::int64_t> first = entry_offsets(in);
     const std::size_t rows = in.rows, width = in.width, padded_width = round_up(width, kPanel);
@@ -395,8 +458,6 @@ void linear_logprob_backward(const LogprobInputs& in, const BackwardInputs& grad
 }
 
 #else
-
-bool linear_logprob_supported() { return false; }
 
 void linear_logprob_forward(const LogprobInputs&, const ForwardOutputs&, int) {
     throw std::runtime_error("this CPU has no AVX-512 with BF16");

@@ -74,7 +74,10 @@ void bind_cpu_losses(py::module_& module) {
         .def(py::init(&inputs), py::kw_only(), py::arg("hidden"), py::arg("weight"), py::arg("bias"),
              py::arg("targets"), py::arg("target_rows"), py::arg("rows"), py::arg("vocab"), py::arg("width"),
              py::arg("entries"), py::arg("temperature"), py::arg("softcap"));
-    module.def("linear_logprob_supported", &linear_logprob_supported, "Whether this CPU has AVX-512 with BF16.");
+    module.def("linear_logprob_kernels", &linear_logprob_kernels,
+               "The instructions of the losses' kernels: 'amx', 'avx512' or 'none'.");
+    module.def("use_linear_logprob_kernels", &use_linear_logprob_kernels, py::arg("name"),
+               "Chooses 'amx', 'avx512' or 'none'.");
     module.def("linear_logprob_forward", &forward, py::arg("inputs"), py::kw_only(), py::arg("target_logits"),
                py::arg("target_slopes"), py::arg("lse"), py::arg("entropy"), py::arg("expected"),
                py::arg("entropy_row"), py::arg("threads"));

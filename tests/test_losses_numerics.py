@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gpo_fast import _C
 from gpo_fast.losses import linear_logprob
 from gpo_fast.losses.reference import linear_logprob_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 SHAPES = [(256, 128, 512), (252, 123, 507), (93, 31, 123), (1, 64, 4096), (4096, 256, 5000)]
-DTYPES = [torch.float32, torch.bfloat16]
+BEST = _C.linear_logprob_kernels()
+
+
+@pytest.fixture(params=["float32", "bfloat16 amx", "bfloat16 avx512", "bfloat16 none"])
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """float32, and bfloat16 by each of the ways that a CPU can take."""
+    name, _, kernels = request.param.partition(" ")
+    if kernels:
+        try:
+            _C.use_linear_logprob_kernels(kernels)
+        except ValueError:
+            pytest.skip(f"this machine lacks {kernels}")
+    yield getattr(torch, name)
+    _C.use_linear_logprob_kernels(BEST)
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
@@ -66,7 +82,6 @@ def compare(
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(shape: tuple[int, int, int], dtype: torch.dtype, trainable: bool) -> None:
     hidden, weight, bias, targets = random_inputs(*shape, dtype)
@@ -74,7 +89,6 @@ def test_values_and_gradients(shape: tuple[int, int, int], dtype: torch.dtype, t
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{"temperature": 0.6}, {"softcap": 2.0}, {"temperature": 1.7, "softcap": 5.0}])
 def test_temperature_and_softcap(options: dict, dtype: torch.dtype, trainable: bool) -> None:
     hidden, weight, _, targets = random_inputs(70, 48, 700, dtype, spread=2.0)
@@ -83,7 +97,6 @@ def test_temperature_and_softcap(options: dict, dtype: torch.dtype, trainable: b
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", [-1e4, 1e4])
 def test_a_common_offset_of_all_logits_changes_nothing(level: float, dtype: torch.dtype, trainable: bool) -> None:
     """All-very-negative and all-very-large logits: a maximum that started at 0 would underflow or overflow.
@@ -96,7 +109,6 @@ def test_a_common_offset_of_all_logits_changes_nothing(level: float, dtype: torc
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_of_ten_thousand(dtype: torch.dtype, trainable: bool) -> None:
     """Distributions that are almost one-hot. The entropies are rounding noise, so only values are compared."""
     hidden, weight, _, targets = random_inputs(60, 32, 400, dtype, spread=1e4)
@@ -109,7 +121,6 @@ def test_logits_of_ten_thousand(dtype: torch.dtype, trainable: bool) -> None:
     assert torch.isfinite(leaf.grad).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_at_a_near_certain_target(dtype: torch.dtype) -> None:
     """Where p is almost 1, W_y - sum p W would be the difference of two rounded vectors, with an error of 2**-9
     of their size, as large as the result.
@@ -141,7 +152,6 @@ def test_what_is_rounded_for_bfloat16_inputs() -> None:
     assert relative_error(leaf.grad, exact_leaf.grad) <= 2**-8
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trainable", [False, True])
 def test_all_rows_ignored(dtype: torch.dtype, trainable: bool) -> None:
     hidden, weight, bias, targets = random_inputs(9, 16, 50, dtype)
@@ -163,7 +173,6 @@ def test_ignored_rows_are_not_read() -> None:
     assert torch.isfinite(leaf.grad).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trainable", [False, True])
 def test_several_targets_per_row(dtype: torch.dtype, trainable: bool) -> None:
     """A branch point: equal to copies of the row, one for each target, with gradients summed over the copies."""
@@ -191,7 +200,6 @@ def test_several_targets_per_row(dtype: torch.dtype, trainable: bool) -> None:
             assert relative_error(leaf.grad, reference.grad) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_lora_on_the_head(dtype: torch.dtype) -> None:
     hidden, weight, _, targets = random_inputs(40, 24, 90, dtype)
     lora_a, lora_b = torch.randn(4, 24).to(dtype) / 5, torch.randn(90, 4).to(dtype) / 5
@@ -224,7 +232,6 @@ def test_gradcheck_in_float64(softcap: float | None, trainable: bool) -> None:
     assert torch.autograd.gradcheck(reference, inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trainable", [False, True])
 def test_results_are_the_same_bits_every_time(dtype: torch.dtype, trainable: bool) -> None:
     hidden, weight, _, targets = random_inputs(300, 40, 900, dtype)
@@ -287,6 +294,12 @@ def test_autocast_casts_as_a_linear_layer_does() -> None:
     assert torch.equal(logprobs, expected)
     logprobs.sum().backward()
     assert weight.grad.dtype == torch.float32
+
+
+def test_kernels_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'amx', 'avx512' or 'none'.*got 'sse'"):
+        _C.use_linear_logprob_kernels("sse")
+    assert _C.linear_logprob_kernels() == BEST
 
 
 @pytest.mark.parametrize(

@@ -12,23 +12,91 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "cpu/amx.h"
 #include "cpu/linear_logprob_gemm.h"
 
 namespace gpo_fast::cpu {
+
+namespace {
+
+enum class Instructions { kNone, kAvx512, kAmx };
+
+bool has_avx512() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+Instructions in_use = amx_supported() ? Instructions::kAmx : has_avx512() ? Instructions::kAvx512 : Instructions::kNone;
+
+}  // namespace
+
+const char* linear_logprob_kernels() {
+    return in_use == Instructions::kAmx ? "amx" : in_use == Instructions::kAvx512 ? "avx512" : "none";
+}
+
+void use_linear_logprob_kernels(const std::string& name) {
+    if (name == "none") {
+        in_use = Instructions::kNone;
+    } else if (name == "avx512" && has_avx512()) {
+        in_use = Instructions::kAvx512;
+    } else if (name == "amx" && amx_supported()) {
+        in_use = Instructions::kAmx;
+    } else {
+        throw std::invalid_argument("kernels must be 'amx', 'avx512' or 'none' and run on this machine, got '" + name +
+                                    "'");
+    }
+}
 
 #if defined(__x86_64__)
 
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr std::size_t kForwardVocab = 256;   // columns of a chunk: its packed weight stays in the second cache
-constexpr std::size_t kBackwardVocab = 128;  // smaller, because the weight's gradient lies there too
-constexpr std::size_t kRows = 96;            // rows whose logits are alive at a time
-constexpr std::size_t kBackwardRows = 192;   // also the depth of the weight gradient's product
+constexpr std::size_t kVocab = 192;        // columns of a chunk: its two packed weights stay in the second cache
+constexpr std::size_t kGroupRows = 2048;   // rows of the weight gradient's product: 768 KiB of logit gradients
+constexpr std::size_t kAmxBlockRows = 32;  // rows whose logits are alive at a time: one row of tiles ...
+constexpr std::size_t kAvxBlockRows = 96;  // ... or many, because each block reads the packed weight
+
+// Products of bfloat16 matrices, the right one packed, by the instructions in use. Each thread has its own.
+class Products {
+  public:
+    Products() {
+#if defined(GPO_HAS_AMX)
+        if (in_use == Instructions::kAmx) tiles_.emplace();
+#endif
+    }
+    std::size_t block_rows() const {
+#if defined(GPO_HAS_AMX)
+        if (tiles_) return kAmxBlockRows;
+#endif
+        return kAvxBlockRows;
+    }
+
+    // c (rows, columns) = or += a (rows, 2 pairs) b, with b packed and columns a multiple of 64.
+    void operator()(const bf16* a, std::size_t lda, std::size_t rows, const pair* b, std::size_t pairs,
+                    std::size_t columns, float* c, std::size_t ldc, bool accumulate) const {
+#if defined(GPO_HAS_AMX)
+        if (tiles_) return amx_multiply(a, lda, rows, b, pairs, columns, c, ldc, accumulate);
+#endif
+        multiply(a, lda, rows, b, pairs, columns, c, ldc, accumulate);
+    }
+
+  private:
+#if defined(GPO_HAS_AMX)
+    std::optional<AmxTiles> tiles_;
+#endif
+};
 
 // 64-byte aligned storage; not initialised unless `zero`.
 template <typename T>
@@ -49,20 +117,40 @@ class Buffer {
     std::unique_ptr<T, Free> data_;
 };
 
-// The rows as the left operand: in place where the width is even, else copied with a zero at the end of each
-// row.
+// Numbers between rows of `count` such that a row takes an odd number of cache lines, for one column of the rows then
+// spreads over the whole cache; at least one more than odd counts have.
+std::size_t odd_lines(std::size_t count) {
+    constexpr std::size_t kLine = 64 / sizeof(bf16);
+    return ((count + kLine - 1) / kLine | 1) * kLine;
+}
+
+// The rows as the left operand of a product: a copy whose rows end with zeros.
 struct Left {
-    explicit Left(const LogprobInputs& in) : copy(0), data(in.hidden), stride(in.width) {
-        if (in.width % 2 == 0) return;
-        stride = in.width + 1;
-        copy = Buffer<bf16>(in.rows * stride, true);
+    explicit Left(const LogprobInputs& in) : stride(odd_lines(in.width)), copy(in.rows * stride, true) {
         for (std::int64_t row = 0; row < in.rows; ++row)
             std::memcpy(copy.get() + row * stride, in.hidden + row * in.width, in.width * sizeof(bf16));
-        data = copy.get();
     }
-    Buffer<bf16> copy;
-    const bf16* data;
+    const bf16* row(std::size_t index) const { return copy.get() + index * stride; }
+
     std::size_t stride;
+    Buffer<bf16> copy;
+};
+
+// The rows' transpose (width, rows), likewise.
+struct LeftTransposed {
+    LeftTransposed(const LogprobInputs& in, bool wanted)
+        : stride(odd_lines(in.rows)), copy(wanted ? in.width * stride : 0, true) {
+        constexpr std::int64_t kBlock = 32;
+        if (!wanted) return;
+        for (std::int64_t row = 0; row < in.rows; row += kBlock)
+            for (std::int64_t h = 0; h < in.width; h += kBlock)
+                for (std::int64_t i = row; i < std::min(row + kBlock, in.rows); ++i)
+                    for (std::int64_t j = h; j < std::min(h + kBlock, in.width); ++j)
+                        copy.get()[j * stride + i] = in.hidden[i * in.width + j];
+    }
+
+    std::size_t stride;
+    Buffer<bf16> copy;
 };
 
 // first[row] .. first[row + 1] are the entries of a row.
@@ -154,34 +242,34 @@ GPO_AVX512 void forward_rows(const LogprobInputs& in, const ForwardOutputs& out,
                              const std::vector<std::int64_t>& first, std::size_t begin, std::size_t end) {
     const std::size_t count = end - begin, width = in.width, padded_width = round_up(width, kPanel);
     const std::size_t pairs = (width + 1) / 2;
+    const Products product;
     const bool keep = out.expected != nullptr, keep_entropy = out.entropy_row != nullptr;
-    Buffer<pair> by_logit(kForwardVocab * pairs);
-    Buffer<pair> by_width(keep ? padded_width * kForwardVocab / 2 : 0);
-    Buffer<float> z(kRows * kForwardVocab), slopes(kForwardVocab);
-    Buffer<bf16> p(kRows * kForwardVocab), weighted(keep_entropy ? kRows * kForwardVocab : 0);
+    Buffer<pair> by_logit(kVocab * pairs);
+    Buffer<pair> by_width(keep ? padded_width * kVocab / 2 : 0);
+    Buffer<float> z(product.block_rows() * kVocab), slopes(kVocab);
+    Buffer<bf16> p(product.block_rows() * kVocab), weighted(keep_entropy ? product.block_rows() * kVocab : 0);
     Buffer<float> expected(keep ? count * padded_width : 0, true);
     Buffer<float> entropy_row(keep_entropy ? count * padded_width : 0, true);
     std::vector<float> top(count, -kInfinity);
     std::vector<double> mass(count, 0.0), moment(count, 0.0);
     const float* slope = in.softcap > 0 ? slopes.get() : nullptr;
 
-    for (std::size_t start = 0; start < static_cast<std::size_t>(in.vocab); start += kForwardVocab) {
-        const std::size_t columns = std::min<std::size_t>(kForwardVocab, in.vocab - start);
+    for (std::size_t start = 0; start < static_cast<std::size_t>(in.vocab); start += kVocab) {
+        const std::size_t columns = std::min<std::size_t>(kVocab, in.vocab - start);
         const std::size_t padded = round_up(columns, kPanel);
         const bf16* weight = in.weight + start * width;
         pack_transposed(weight, width, columns, width, by_logit.get());
         const std::size_t depth = (columns + 1) / 2;
-        if (keep) pack_rows(weight, width, columns, width, by_width.get());
+        if (keep) pack_rows(weight, width, columns, width, by_width.get(), depth);
 
-        for (std::size_t block = 0; block < count; block += kRows) {
-            const std::size_t rows = std::min(kRows, count - block);
-            multiply(left.data + (begin + block) * left.stride, left.stride, rows, by_logit.get(), pairs, padded,
-                     z.get(), kForwardVocab, false);
+        for (std::size_t block = 0; block < count; block += product.block_rows()) {
+            const std::size_t rows = std::min(product.block_rows(), count - block);
+            product(left.row(begin + block), left.stride, rows, by_logit.get(), pairs, padded, z.get(), kVocab, false);
             for (std::size_t r = 0; r < rows; ++r) {
                 const std::size_t row = block + r;
-                float* logits = z.get() + r * kForwardVocab;
-                bf16* probabilities = keep ? p.get() + r * kForwardVocab : nullptr;
-                bf16* products = keep_entropy ? weighted.get() + r * kForwardVocab : nullptr;
+                float* logits = z.get() + r * kVocab;
+                bf16* probabilities = keep ? p.get() + r * kVocab : nullptr;
+                bf16* products = keep_entropy ? weighted.get() + r * kVocab : nullptr;
                 scale_logits(in, start, columns, padded, logits, slopes.get());
                 const std::int64_t last = first[begin + row + 1];
                 for (std::int64_t entry = first[begin + row]; entry < last; ++entry) {
@@ -213,11 +301,11 @@ GPO_AVX512 void forward_rows(const LogprobInputs& in, const ForwardOutputs& out,
                 }
             }
             if (keep)
-                multiply(p.get(), kForwardVocab, rows, by_width.get(), depth, padded_width,
-                         expected.get() + block * padded_width, padded_width, true);
+                product(p.get(), kVocab, rows, by_width.get(), depth, padded_width,
+                        expected.get() + block * padded_width, padded_width, true);
             if (keep_entropy)
-                multiply(weighted.get(), kForwardVocab, rows, by_width.get(), depth, padded_width,
-                         entropy_row.get() + block * padded_width, padded_width, true);
+                product(weighted.get(), kVocab, rows, by_width.get(), depth, padded_width,
+                        entropy_row.get() + block * padded_width, padded_width, true);
         }
     }
     for (std::size_t row = 0; row < count; ++row) {
@@ -262,7 +350,7 @@ bf16 to_bf16(float value) {
     return static_cast<bf16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// weight_gradient (columns, width) in bfloat16 from its transpose in float32 (width, kBackwardVocab).
+// weight_gradient (columns, width) in bfloat16 from its transpose in float32 (width, kVocab).
 GPO_AVX512 void write_transposed(const float* transposed, std::size_t columns, std::size_t width, bf16* out) {
     for (std::size_t h = 0; h < width; h += 16) {
         const std::size_t left = std::min<std::size_t>(width - h, 16);
@@ -271,8 +359,7 @@ GPO_AVX512 void write_transposed(const float* transposed, std::size_t columns, s
             __m512i block[16];
 #pragma GCC unroll 16
             for (std::size_t r = 0; r < 16; ++r)
-                block[r] =
-                    r < left ? _mm512_loadu_si512(transposed + (h + r) * kBackwardVocab + v) : _mm512_setzero_si512();
+                block[r] = r < left ? _mm512_loadu_si512(transposed + (h + r) * kVocab + v) : _mm512_setzero_si512();
             transpose_16x16(block);
 #pragma GCC unroll 16
             for (std::size_t r = 0; r < 16; ++r)
@@ -283,58 +370,66 @@ GPO_AVX512 void write_transposed(const float* transposed, std::size_t columns, s
 
 // Vocabulary [begin, end) for all rows. `hidden_gradient` (rows, padded width) is this thread's share.
 GPO_AVX512 void backward_vocab(const LogprobInputs& in, const BackwardInputs& gradients, const BackwardOutputs& out,
-                               const Left& left, const bf16* hidden_transposed, std::size_t transposed_stride,
+                               const Left& left, const LeftTransposed& transposed,
                                const std::vector<std::int64_t>& first, std::size_t begin, std::size_t end,
                                float* hidden_gradient) {
     const std::size_t rows = in.rows, width = in.width, padded_width = round_up(width, kPanel);
     const std::size_t pairs = (width + 1) / 2;
-    Buffer<pair> by_logit(kBackwardVocab * pairs);
-    Buffer<pair> by_width(out.hidden ? padded_width * kBackwardVocab / 2 : 0);
-    Buffer<pair> by_column(out.weight ? kBackwardVocab * kBackwardRows / 2 : 0);
-    Buffer<float> z(kBackwardRows * kBackwardVocab), slopes(kBackwardVocab), exact(kBackwardVocab);
-    Buffer<bf16> gradient(kBackwardRows * kBackwardVocab);
-    Buffer<float> weight_gradient(out.weight ? width * kBackwardVocab : 0);
+    const Products product;
+    Buffer<pair> by_logit(kVocab * pairs);
+    Buffer<pair> by_width(out.hidden ? padded_width * kVocab / 2 : 0);
+    Buffer<pair> by_column(out.weight ? kVocab * round_up(std::min(kGroupRows, rows), 2) / 2 : 0);
+    Buffer<float> z(product.block_rows() * kVocab), slopes(kVocab), exact(kVocab);
+    Buffer<bf16> gradient(product.block_rows() * kVocab);
+    Buffer<float> weight_gradient(out.weight ? width * kVocab : 0);
     const float* slope = in.softcap > 0 ? slopes.get() : nullptr;
 
-    for (std::size_t start = begin; start < end; start += kBackwardVocab) {
-        const std::size_t columns = std::min(kBackwardVocab, end - start);
+    for (std::size_t start = begin; start < end; start += kVocab) {
+        const std::size_t columns = std::min(kVocab, end - start);
         const std::size_t padded = round_up(columns, kPanel);
         const bf16* weight = in.weight + start * width;
         pack_transposed(weight, width, columns, width, by_logit.get());
-        if (out.hidden) pack_rows(weight, width, columns, width, by_width.get());
+        if (out.hidden) pack_rows(weight, width, columns, width, by_width.get(), (columns + 1) / 2);
         if (out.bias) std::fill(out.bias + start, out.bias + start + columns, 0.0f);
 
-        for (std::size_t block = 0; block < rows; block += kBackwardRows) {
-            const std::size_t height = std::min(kBackwardRows, rows - block);
-            multiply(left.data + block * left.stride, left.stride, height, by_logit.get(), pairs, padded, z.get(),
-                     kBackwardVocab, false);
-            for (std::size_t r = 0; r < height; ++r) {
-                const std::size_t row = block + r;
-                float* logits = z.get() + r * kBackwardVocab;
-                bf16* target = gradient.get() + r * kBackwardVocab;
-                scale_logits(in, start, columns, padded, logits, slopes.get());
-                logit_gradient(in, gradients, row, logits, slope, padded, target, exact.get());
-                for (std::int64_t entry = first[row]; entry < first[row + 1]; ++entry) {
-                    const std::int64_t column = in.targets[entry] - static_cast<std::int64_t>(start);
-                    if (column < 0 || column >= static_cast<std::int64_t>(columns)) continue;
-                    const float factor = (slope ? slope[column] : 1.0f) / in.temperature;
-                    exact.get()[column] += gradients.grad_logprobs[entry] * factor;
-                    target[column] = to_bf16(exact.get()[column]);
+        for (std::size_t group = 0; group < rows; group += kGroupRows) {
+            const std::size_t group_end = std::min(group + kGroupRows, rows), depth = (group_end - group + 1) / 2;
+            for (std::size_t block = group; block < group_end; block += product.block_rows()) {
+                const std::size_t height = std::min(product.block_rows(), group_end - block);
+                product(left.row(block), left.stride, height, by_logit.get(), pairs, padded, z.get(), kVocab, false);
+                for (std::size_t r = 0; r < height; ++r) {
+                    const std::size_t row = block + r;
+                    float* logits = z.get() + r * kVocab;
+                    bf16* target = gradient.get() + r * kVocab;
+                    scale_logits(in, start, columns, padded, logits, slopes.get());
+                    logit_gradient(in, gradients, row, logits, slope, padded, target, exact.get());
+                    for (std::int64_t entry = first[row]; entry < first[row + 1]; ++entry) {
+                        const std::int64_t column = in.targets[entry] - static_cast<std::int64_t>(start);
+                        if (column < 0 || column >= static_cast<std::int64_t>(columns)) continue;
+                        const float factor = (slope ? slope[column] : 1.0f) / in.temperature;
+                        exact.get()[column] += gradients.grad_logprobs[entry] * factor;
+                        target[column] = to_bf16(exact.get()[column]);
+                    }
+                    if (out.bias)
+                        for (std::size_t j = 0; j < columns; ++j) out.bias[start + j] += exact.get()[j];
                 }
-                if (out.bias)
-                    for (std::size_t j = 0; j < columns; ++j) out.bias[start + j] += exact.get()[j];
+                if (out.hidden)
+                    product(gradient.get(), kVocab, height, by_width.get(), (columns + 1) / 2, padded_width,
+                            hidden_gradient + block * padded_width, padded_width, true);
+                if (out.weight)
+                    pack_rows(gradient.get(), kVocab, height, padded, by_column.get() + (block - group) / 2 * kPanel,
+                              depth);
             }
-            if (out.hidden)
-                multiply(gradient.get(), kBackwardVocab, height, by_width.get(), (columns + 1) / 2, padded_width,
-                         hidden_gradient + block * padded_width, padded_width, true);
-            if (out.weight) {
-                pack_rows(gradient.get(), kBackwardVocab, height, padded, by_column.get());
-                multiply(hidden_transposed + block, transposed_stride, width, by_column.get(), (height + 1) / 2, padded,
-                         weight_gradient.get(), kBackwardVocab, block > 0);
-            }
+            if (out.weight)
+                product(transposed.copy.get() + group, transposed.stride, width, by_column.get(), depth, padded,
+                        weight_gradient.get(), kVocab, group > 0);
         }
         if (out.weight) write_transposed(weight_gradient.get(), columns, width, out.weight + start * width);
     }
+}
+
+void check_instructions() {
+    if (in_use == Instructions::kNone) throw std::runtime_error("no AVX-512 with BF16 in use: use the chunked path");
 }
 
 // Runs job(index, begin, end) on `threads` threads over [0, count) in near-equal parts of a multiple of
@@ -354,35 +449,27 @@ void parallel(std::size_t count, std::size_t unit, int threads, const Job& job) 
 
 }  // namespace
 
-bool linear_logprob_supported() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bf16");
-}
-
 void linear_logprob_forward(const LogprobInputs& in, const ForwardOutputs& out, int threads) {
+    check_instructions();
     std::fill(out.target_logits, out.target_logits + in.entries, -kInfinity);
     std::fill(out.target_slopes, out.target_slopes + in.entries, 0.0f);
     const Left left(in);
     const std::vector<std::int64_t> first = entry_offsets(in);
-    parallel(in.rows, kTileRows, threads,
+    parallel(in.rows, 16, threads,
              [&](std::size_t, std::size_t begin, std::size_t end) { forward_rows(in, out, left, first, begin, end); });
 }
 
 void linear_logprob_backward(const LogprobInputs& in, const BackwardInputs& gradients, const BackwardOutputs& out,
                              int threads) {
+    check_instructions();
     const Left left(in);
+    const LeftTransposed transposed(in, out.weight != nullptr);
     const std::vector<std::int64_t> first = entry_offsets(in);
     const std::size_t rows = in.rows, width = in.width, padded_width = round_up(width, kPanel);
-    const std::size_t stride = rows + 1;  // an odd number of rows leaves a zero behind the last
-    Buffer<bf16> transposed(out.weight ? width * stride : 0, true);
-    if (out.weight)
-        for (std::size_t row = 0; row < rows; ++row)
-            for (std::size_t h = 0; h < width; ++h) transposed.get()[h * stride + row] = in.hidden[row * width + h];
     std::vector<Buffer<float>> shares;
     for (int index = 0; out.hidden && index < threads; ++index) shares.emplace_back(rows * padded_width, true);
-    parallel(in.vocab, kBackwardVocab, threads, [&](std::size_t index, std::size_t begin, std::size_t end) {
-        backward_vocab(in, gradients, out, left, transposed.get(), stride, first, begin, end,
+    parallel(in.vocab, kVocab, threads, [&](std::size_t index, std::size_t begin, std::size_t end) {
+        backward_vocab(in, gradients, out, left, transposed, first, begin, end,
                        out.hidden ? shares[index].get() : nullptr);
     });
     if (!out.hidden) return;
@@ -390,13 +477,11 @@ void linear_logprob_backward(const LogprobInputs& in, const BackwardInputs& grad
         float* total = shares[0].get() + row * padded_width;
         for (std::size_t index = 1; index < shares.size(); ++index)
             for (std::size_t h = 0; h < width; ++h) total[h] += shares[index].get()[row * padded_width + h];
-        for (std::size_t h = 0; h < width; ++h) out.hidden[row * width + h] = to_bf16(total[h]);
+        write_row(total, width, out.hidden + row * width);
     }
 }
 
 #else
-
-bool linear_logprob_supported() { return false; }
 
 void linear_logprob_forward(const LogprobInputs&, const ForwardOutputs&, int) {
     throw std::runtime_error("this CPU has no AVX-512 with BF16");

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace gpo_fast::cpu {
 
@@ -52,9 +53,12 @@ struct BackwardOutputs {
     float* bias = nullptr;   // (vocab) or null
 };
 
-// Whether this CPU has the instructions (AVX-512 with BF16); the functions below may be called only if it
-// has.
-bool linear_logprob_supported();
+// The instructions that the functions below use: "amx" (with BF16), "avx512" (with BF16), or "none" where this CPU has
+// neither, and then they throw std::runtime_error.
+const char* linear_logprob_kernels();
+
+// Chooses others than the best, as tests do; throws std::invalid_argument where this CPU lacks them.
+void use_linear_logprob_kernels(const std::string& name);
 
 void linear_logprob_forward(const LogprobInputs& inputs, const ForwardOutputs& outputs, int threads);
 

@@ -139,8 +139,10 @@ GPO_AVX512 inline void pack_transposed(const bf16* m, std::size_t ldm, std::size
     }
 }
 
-// Packs b = m for a row-major m (rows = the k of the product, columns): pairs of rows are interleaved.
-GPO_AVX512 inline void pack_rows(const bf16* m, std::size_t ldm, std::size_t rows, std::size_t columns, pair* packed) {
+// Packs b = m for a row-major m (rows = the k of the product, columns): pairs of rows are interleaved. A panel holds
+// `panel_pairs`, more than m has where m is only a part of b.
+GPO_AVX512 inline void pack_rows(const bf16* m, std::size_t ldm, std::size_t rows, std::size_t columns, pair* packed,
+                                 std::size_t panel_pairs) {
     const std::size_t pairs = (rows + 1) / 2;
     alignas(64) static const std::uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -149,7 +151,7 @@ GPO_AVX512 inline void pack_rows(const bf16* m, std::size_t ldm, std::size_t row
     for (std::size_t j = 0; j < round_up(columns, kPanel); j += 32) {
         const std::size_t left = j >= columns ? 0 : columns - j < 32 ? columns - j : 32;
         const __mmask32 inside = left == 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
-        pair* panel = packed + j / kPanel * kPanel * pairs + j % kPanel;
+        pair* panel = packed + j / kPanel * kPanel * panel_pairs + j % kPanel;
         for (std::size_t k = 0; k < pairs; ++k) {
             const bf16* row = m + 2 * k * ldm + j;
             const __m512i even = _mm512_maskz_loadu_epi16(inside, row);

@@ -76,5 +76,5 @@ def convert(gguf: Path, target: Path) -> None:
 def fast_dtype() -> torch.dtype:
     """bfloat16 where this machine multiplies it fast, float32 elsewhere: a CPU that emulates bfloat16 takes several
     times as long."""
-    fast = torch.cuda.is_available() or _C.linear_logprob_supported()
+    fast = torch.cuda.is_available() or _C.linear_logprob_kernels() != "none"
     return torch.bfloat16 if fast else torch.float32

@@ -18,7 +18,7 @@ def supported(head: Head, hidden: Tensor) -> bool:
         and hidden.shape[0] > 0
         and head.lora_b is None
         and head.weight.is_contiguous()
-        and _C.linear_logprob_supported()
+        and _C.linear_logprob_kernels() != "none"
     )
 
 

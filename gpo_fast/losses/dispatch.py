@@ -1,4 +1,4 @@
-"""Chooses the code that runs: CUDA -> Triton, CPU with bfloat16 instructions -> C++, anything else -> chunked torch."""
+"""Chooses the code that runs: CUDA -> Triton; CPU with AMX or AVX-512 BF16 -> C++; anything else -> chunked torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from gpo_fast import _C
 from gpo_fast.losses import chunked, cpu
 from gpo_fast.losses.head import Head
 from gpo_fast.losses.rows import Batch, ForwardWants, Gradients, GradientWants, OutputGradients, Rows
@@ -56,6 +57,6 @@ def choose(head: Head, hidden: Tensor) -> ModuleType:
 
 @functools.cache
 def _announce(path: str, dtype: str, device: str) -> None:
-    names = {"gpu": "Triton", "cpu": "C++ (AVX-512 BF16)", "chunked": "chunked torch"}
+    names = {"gpu": "Triton", "cpu": f"C++ ({_C.linear_logprob_kernels()})", "chunked": "chunked torch"}
     reason = f" (no Triton: {_NO_TRITON})" if device == "cuda" and gpu is None else ""
     logger.info("linear_logprob of %s on %s runs in %s%s", dtype, device, names[path.rpartition(".")[2]], reason)

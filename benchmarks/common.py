@@ -206,7 +206,7 @@ def floors(device: str = "cpu") -> dict[str, float]:
     import torch
 
     source = torch.ones((1 << 30 if device == "cuda" else 1 << 26) // 4, device=device)
-    target, size = torch.empty_like(source), 8192 if device == "cuda" else 512
+    target, size = torch.empty_like(source), 8192 if device == "cuda" else 2048
     result = {"copy_bytes_per_second": 8 * source.numel() / _fastest(lambda: target.copy_(source), device)}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(size, size, dtype=dtype, device=device)

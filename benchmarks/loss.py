@@ -1,11 +1,13 @@
 """Time and extra peak memory of the fused losses and their peers, forward and backward.
 
     python benchmarks/loss.py                          both shapes on a CPU, frozen and trainable head
+    python benchmarks/loss.py --only 1                 one row: the second of them
     python benchmarks/loss.py --quick                  a small shape, to see that it runs
     python benchmarks/loss.py --device cuda            the GPU shapes, with the fraction of the measured matmul ceiling
 
 Every measurement runs in a process of its own, peers in turn, `--rounds` times. Time: the fastest of two calls after a
-warm-up on a small input. Extra memory: the process's high-water mark during the call, less what it held before.
+warm-up on a small input. Extra memory: the process's high-water mark during the call, less what it held before and the
+gradients that it leaves behind.
 The loss is GRPO (DPO in the rows named so); `F.linear_cross_entropy` has no policy loss and does its own, simpler one.
 A peer that does not finish within `--timeout` is reported as slower than that.
 """
@@ -20,10 +22,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpo_fast.bench.common import floors, machine
+from gpo_fast.bench.common import ReadmeRow, floors, human, machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -38,6 +41,10 @@ TASKS = {
     "GRPO": ["gpo-fast", "plain torch", "plain torch, float32", "F.linear_cross_entropy", "Liger GRPO", "TRL chunked"],
     "DPO": ["gpo-fast", "plain torch", "Liger DPO"],
 }
+# The goals: of plain torch's time, of its extra memory, and how much longer a peer must take (the others: 1).
+MOST_OF_PLAIN = {"frozen": 0.40, "trainable": 0.70}
+MOST_MEMORY = 0.03
+LEAST_SPEED = {"F.linear_cross_entropy": 5.0}
 
 
 class Inputs:
@@ -154,7 +161,8 @@ def measure(task: str, peer: str, shape: tuple[int, int, int], device: str, trai
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-        extra.append((torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")) - before)
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+        extra.append(peak - before - sum(t.grad.nbytes for t in (inputs.hidden, inputs.weight) if t.grad is not None))
     return {"seconds": min(seconds), "extra_bytes": extra[0]}
 
 
@@ -205,6 +213,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small shape, one round")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rows", type=int, help="replace T of every shape (a multiple of 8)")
+    parser.add_argument("--only", type=int, metavar="ROW", help="one row, counted from 0")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one measurement")
     parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
@@ -219,25 +228,64 @@ def main() -> None:
         print(json.dumps(measure(task, peer, (rows, vocab, width), device, head == "trainable")))
         return
 
+    shapes = SHAPES["quick" if options.quick else options.device]
+    tasks = TASKS if options.task == "all" else [options.task]
+    every = [
+        (task, head, (options.rows or rows, vocab, width))
+        for rows, vocab, width in shapes
+        for task in tasks
+        for head in ("frozen", "trainable")
+    ]
+    if options.only is not None and not 0 <= options.only < len(every):
+        parser.error(f"--only must be in [0, {len(every)}), got {options.only}")
     console, rounds = Console(width=120), 1 if options.quick else options.rounds
     record: dict = {"machine": machine(), "floors": floors(options.device), "runs": []}
     ceiling = record["floors"]["bfloat16_flop_per_second"]
-    for rows, vocab, width in SHAPES["quick" if options.quick else options.device]:
-        shape = (options.rows or rows, vocab, width)
-        for task in TASKS if options.task == "all" else [options.task]:
-            for head in ("frozen", "trainable"):
-                results: dict[str, list] = {peer: [] for peer in TASKS[task]}
-                for _ in range(rounds):
-                    for peer, runs in results.items():
-                        if runs and isinstance(runs[-1], str):
-                            continue  # it failed or took too long: once is enough
-                        arguments = [task, peer, ",".join(map(str, shape)), options.device, head]
-                        runs.append(in_subprocess(arguments, options.timeout))
-                name = f"{task}, {head} head, T={shape[0]} V={vocab} H={width}, bfloat16, {options.device}"
-                console.print(report(name, results, head == "trainable", shape, ceiling))
-                record["runs"].append({"task": task, "head": head, "shape": shape, "results": results})
+    for number, (task, head, shape) in enumerate(every):
+        if options.only not in (None, number):
+            continue
+        results: dict[str, list] = {peer: [] for peer in TASKS[task]}
+        run = {"row": number, "task": task, "head": head, "shape": shape, "device": options.device, "results": results}
+        record["runs"].append(run)
+        for _ in range(rounds):
+            for peer, runs in results.items():
+                if runs and isinstance(runs[-1], str):
+                    continue  # it failed or took too long: once is enough
+                arguments = [task, peer, ",".join(map(str, shape)), options.device, head]
+                runs.append(in_subprocess(arguments, options.timeout))
                 if options.json:
-                    options.json.write_text(json.dumps(record, indent=2))
+                    options.json.write_text(json.dumps(record, indent=2) + "\n")
+        console.print(report(title(run), results, head == "trainable", shape, ceiling))
+
+
+def title(run: dict[str, Any]) -> str:
+    rows, vocab, width = run["shape"]
+    return f"{run['task']}, {run['head']} head, T={rows} V={vocab} H={width}, bfloat16, {run['device']}"
+
+
+def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
+    """A row of the README for each row measured."""
+    return [_readme_row(run) for run in result["runs"]]
+
+
+def _readme_row(run: dict[str, Any]) -> ReadmeRow:
+    middles = {peer: medians(runs) for peer, runs in run["results"].items()}
+    ours, plain = middles.pop("gpo-fast"), middles.pop("plain torch")
+    if ours is None or plain is None:
+        raise ValueError(f"row {run['row']} has no time of gpo-fast or of plain torch")
+    time_ratio, memory_ratio, most = ours[0] / plain[0], ours[1] / plain[1], MOST_OF_PLAIN[run["head"]]
+    missed, others = time_ratio > most or memory_ratio > MOST_MEMORY, []
+    for peer, middle in middles.items():
+        if middle is None:
+            others.append(f"{peer}: {run['results'][peer][0] if run['results'][peer] else 'not run'}")
+            continue
+        missed |= middle[0] < LEAST_SPEED.get(peer, 1.0) * ours[0]
+        others.append(f"{peer} {middle[0] / ours[0]:.1f} x as long")
+    text = f"{human(ours[0])}: {time_ratio:.2f} x the time of plain torch, {memory_ratio:.1%} of its extra memory"
+    goal = f"{most:.2f} x, {MOST_MEMORY:.0%}, ahead of all"
+    if "F.linear_cross_entropy" in run["results"]:
+        goal += f", {LEAST_SPEED['F.linear_cross_entropy']:.0f} x `F.linear_cross_entropy`"
+    return ReadmeRow(title(run), f"loss.py --only {run['row']}", "; ".join([text, *others]), goal, missed)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ BENCHMARKS = {
     "rollout": "rollout",
     "critical_speed": "critical",
     "critical_real": "critical_real",
+    "loss": "loss",
     "prefix_cache": "prefix_cache",
 }
 

@@ -82,14 +82,7 @@ GPO_AMX inline void tall_block(const bf16* a, std::size_t lda, const pair* b, st
         _tile_zero(2);
         _tile_zero(3);
     }
-    // Sums that are added to lie in a farther cache: those of the next 32 columns are fetched meanwhile.
-    const std::size_t rows_of_a_step = accumulate ? (kAmxRows + steps - 1) / steps : 0;
-    const float* next = c + 32;
     for (std::size_t step = 0; step < steps; ++step) {
-        for (std::size_t row = 0; row < rows_of_a_step; ++row, next += ldc) {
-            _mm_prefetch(next, _MM_HINT_T0);
-            _mm_prefetch(next + 16, _MM_HINT_T0);
-        }
         _tile_loadd(6, b + step * kAmxPairs * kPanel, b_bytes);
         _tile_loadd(4, a + step * 2 * kAmxPairs, a_bytes);
         _tile_dpbf16ps(0, 4, 6);

@@ -117,8 +117,8 @@ class Buffer {
     std::unique_ptr<T, Free> data_;
 };
 
-// Numbers between rows of `count` such that a row takes an odd number of cache lines, for one column of the rows then
-// spreads over the whole cache; at least one more than odd counts have.
+// Distance between rows of `count` numbers such that it is an odd number of cache lines: a column of the rows then
+// spreads over all sets of the cache. What is added to a row is zeros, as the products want after an odd count.
 std::size_t odd_lines(std::size_t count) {
     constexpr std::size_t kLine = 64 / sizeof(bf16);
     return ((count + kLine - 1) / kLine | 1) * kLine;

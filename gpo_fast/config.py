@@ -160,18 +160,18 @@ class GPOConfig(TrainingArguments):
         except Exception as error:  # Trainer's own checks raise whatever a bad value runs into
             raise ValueError(f"{error}. Set were: {_changed_fields(self)}") from error
         self.remove_unused_columns = False
-        _one_of("loss_type", self.loss_type, LOSS_TYPES)
-        _one_of("criterion", self.criterion, ("max", "min", "abs"))
-        _one_of("reset", self.reset, ("before", "after"))
-        _one_of("estimator", self.estimator, ("uniform", "racing", "bisect", "random"))
-        _one_of("reuse", self.reuse, ("none", "split", "all"))
+        one_of("loss_type", self.loss_type, LOSS_TYPES)
+        one_of("criterion", self.criterion, ("max", "min", "abs"))
+        one_of("reset", self.reset, ("before", "after"))
+        one_of("estimator", self.estimator, ("uniform", "racing", "bisect", "random"))
+        one_of("reuse", self.reuse, ("none", "split", "all"))
         if not callable(self.step_splitter):
-            _one_of("step_splitter", self.step_splitter, METHODS)
+            one_of("step_splitter", self.step_splitter, METHODS)
         if not callable(self.search):
-            _one_of("search", self.search, ("mixed", "all"))
+            one_of("search", self.search, ("mixed", "all"))
         if self.proposal is not None and not callable(self.proposal):
-            _one_of("proposal", self.proposal, ("logprob", "entropy", "gradient"))
-        _one_of("packing", self.packing, ("tree", "padded"))
+            one_of("proposal", self.proposal, ("logprob", "entropy", "gradient"))
+        one_of("packing", self.packing, ("tree", "padded"))
         for name, low in _LOWEST.items():
             value = getattr(self, name)
             if value is not None and not low <= value < math.inf:
@@ -207,7 +207,7 @@ class GPOConfig(TrainingArguments):
             self.beta = PREFERENCE_BETA.get(self.loss_type, 0.0)
         if self.scale_rewards is None:
             self.scale_rewards = self.loss_type not in UNSCALED
-        _one_of("critic", self.critic, CRITICS)
+        one_of("critic", self.critic, CRITICS)
         if self.learns_from_pairs and not self.beta > 0:
             raise ValueError(f"beta of {self.loss_type} must be above 0, got {self.beta}")
         if self.critic != "group" and (self.learns_from_pairs or self.loss_type == "rloo"):
@@ -299,7 +299,7 @@ class RunSpec:
             raise ValueError("rewards must name one reward function at least, got none")
         if self.lora_r < 0:
             raise ValueError(f"lora_r must be at least 0 (0 trains the whole model), got {self.lora_r}")
-        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
 
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple[RunSpec, GPOConfig]:
@@ -340,7 +340,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple[Ru
     return spec, GPOConfig(**{k: v for k, v in values.items() if k in config_fields})
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         near = difflib.get_close_matches(str(value), known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""

@@ -240,22 +240,10 @@ class GuidedSampler:
 
     def _choose_searched(self, base: BaseRollouts, rows: Sequence[TrainingRow]) -> list[_Searched]:
         """Trajectories that are worth a search, in order, as many as `max_searches` and `search_budget` allow."""
-        config, grouped = self.config, base.rewards
-        completions, width = base.completions, grouped.shape[1]
-        chosen = [int(i) for i in _search_rule(config.search)(grouped)]
-        if any(not 0 <= i < grouped.size for i in chosen):
-            raise ValueError(f"search chose {chosen}, but there are only the trajectories 0 to {grouped.size - 1}")
-        chosen = chosen[: config.max_searches]
-        if config.search_budget is not None:
-            left = config.search_budget * sum(len(c.token_ids) for c in completions)
-            finder = self._finder(lambda completions: [], 0)
-            affordable = []
-            for i in chosen:
-                left -= finder.most_tokens(completions[i])
-                if left < 0:
-                    break
-                affordable.append(i)
-            chosen = affordable
+        grouped, completions = base.rewards, base.completions
+        width = grouped.shape[1]
+        finder = self._finder(lambda completions: [], 0)
+        chosen = choose_searches(grouped, completions, self.config, finder)
         return [_Searched(i // width, completions[i], float(grouped.flat[i]), rows[i]) for i in chosen]
 
     def _finder(self, outcome: OutcomeReward, seed: int) -> CriticalStepFinder:
@@ -416,6 +404,33 @@ class GuidedSampler:
             "branches": resets + record["branches"],
             "answer": None if answer is None else str(answer),
         }
+
+
+def choose_searches(
+    rewards: np.ndarray, completions: Sequence[Completion], config: Any, finder: CriticalStepFinder
+) -> list[int]:
+    """Places of the trajectories to be searched, by the options `search`, `max_searches` and `search_budget`.
+
+    Args:
+        rewards: (groups, n), those of the completions.
+
+    Raises:
+        ValueError: the option `search` is a function that gave a place which is none.
+    """
+    chosen = [int(i) for i in _search_rule(config.search)(rewards)]
+    if any(not 0 <= i < rewards.size for i in chosen):
+        raise ValueError(f"search chose {chosen}, but there are only the trajectories 0 to {rewards.size - 1}")
+    chosen = chosen[: config.max_searches]
+    if config.search_budget is None:
+        return chosen
+    left = config.search_budget * sum(len(c.token_ids) for c in completions)
+    affordable = []
+    for i in chosen:
+        left -= finder.most_tokens(completions[i])
+        if left < 0:
+            break
+        affordable.append(i)
+    return affordable
 
 
 def search_mixed(rewards: np.ndarray) -> list[int]:

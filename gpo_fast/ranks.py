@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 BUCKET_ELEMENTS = 1 << 24  # of gradients in one message
 SUMMED = ("num_", "trained_rows")  # metrics that count something; all others are means
@@ -44,10 +45,13 @@ class Ranks:
         return list(values[self.index :: self.count])
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Adds the gradients up; a parameter that has none in any process still has none."""
+        """Adds the gradients up; a parameter that has none in any process still has none.
+
+        Those of parameters in shards are left alone: FSDP has added them up.
+        """
         if self.count == 1:
             return
-        wanted = [p for p in parameters if p.requires_grad]
+        wanted = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
         reached = self.sum([float(p.grad is not None) for p in wanted])
         for bucket in _buckets([p for p, number in zip(wanted, reached) if number > 0]):
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])

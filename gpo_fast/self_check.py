@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def gradient_tolerance(model: nn.Module, bf16: bool) -> float:
@@ -40,4 +41,6 @@ def compare_gradients(
 
 
 def _norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack([t.square().sum() for t in tensors]).sum().sqrt())
+    squares = [t.square().sum() for t in tensors]
+    whole = [s.full_tensor() if isinstance(s, DTensor) else s for s in squares]
+    return float(torch.stack(whole).sum().sqrt())

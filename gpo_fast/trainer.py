@@ -13,7 +13,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from gpo_fast.rewards import RewardFunctions
 from gpo_fast.rollout import RolloutEngine
 from gpo_fast.run_files import COMPLETE_MARK, RunFiles, last_checkpoint, mark_complete
 from gpo_fast.self_check import compare_gradients, gradient_tolerance
+from gpo_fast.sharding import anchor, forward_pass, idle_batch, is_sharded, refresh_copy, whole_copy
 from gpo_fast.training_batch import TrainingBatch, padded_batches, tree_batches
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -135,9 +137,6 @@ class GPOTrainer(Trainer):
 
             model = get_peft_model(model, peft_config)
         self._is_peft = hasattr(model, "disable_adapter")
-        self._reference = None
-        if args.uses_reference and not self._is_peft:
-            self._reference = copy.deepcopy(model).eval().requires_grad_(False)
         _refuse_dropout(model)
         super().__init__(
             model=model,
@@ -150,14 +149,16 @@ class GPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "GPOTrainer holds the whole model on every process: start it with `accelerate launch` in its "
-                "multi-GPU or multi-CPU mode, without FSDP and DeepSpeed"
-            )
+        self._refuse_sharding()
         self.ranks = Ranks(args.process_index, args.world_size, args.device)
+        # The engine samples from the trained parameters themselves, unless these are to be in shards.
+        self._copy = whole_copy(self.model, args.device) if self.is_fsdp_enabled else None
+        self._reference: Any = None
+        if args.uses_reference and not self._is_peft:
+            start = self.model if self._copy is None else self._copy
+            self._reference = copy.deepcopy(start).to(args.device).eval().requires_grad_(False)
         self.engine = RolloutEngine(
-            self.model,
+            self.model if self._copy is None else self._copy,
             processing_class,
             kv_cache_memory=args.kv_cache_memory,
             max_batch_size=args.max_batch_size,
@@ -190,7 +191,7 @@ class GPOTrainer(Trainer):
         step = self.state.global_step
         experience: Experience | None = None
         if not self._pending:
-            self.engine.update_weights()
+            self._update_engine()
             seed = (self.args.seed * 1_000_003 + step) * self.ranks.count + self.ranks.index
             experience = self._collect(inputs, seed)
             self._pending = self._minibatches(experience.rows)
@@ -254,7 +255,7 @@ class GPOTrainer(Trainer):
 
     def sample_rewards(self, examples: Sequence[dict[str, Any]], seed: int = 0) -> torch.Tensor:
         """Rewards of one completion for each example with the present weights. float64, shape (n,)."""
-        self.engine.update_weights()
+        self._update_engine()
         places = self.ranks.share(range(len(examples)))
         mine = self.sampler.score_once([examples[i] for i in places], self.args.temperature, [seed + i for i in places])
         rewards = torch.empty(len(examples), dtype=torch.float64)
@@ -351,7 +352,21 @@ class GPOTrainer(Trainer):
                 )
         return optimizer
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; of a model in shards the whole one, whatever the type of the checkpoints' state dict."""
+        if self._copy is None:
+            return super().save_model(output_dir, _internal_call)
+        self._update_engine()  # all processes
+        if self.args.should_save:
+            self._save(output_dir, state_dict=self._copy.state_dict())
+
     # -- the update -----------------------------------------------------------------------------------------
+
+    def _update_engine(self) -> None:
+        """Lets the engine sample from the present weights."""
+        if self._copy is not None:
+            refresh_copy(self._copy, self.model)
+        self.engine.update_weights()
 
     def _collect(self, inputs: Any, seed: int) -> Experience:
         """New experience, with a critic's advantages and with what is replayed."""
@@ -384,7 +399,9 @@ class GPOTrainer(Trainer):
         batches = self._batches(useful)
         references = self._references(batches)
         reference_kl = self._kto_baseline(batches, references) if args.loss_type == "kto" else 0.0
-        check = self._self_checks_left > 0 and bool(useful)
+        # Of a model in shards all processes make all passes, also those that have nothing to compute.
+        takes_part = bool(useful) or is_sharded(self.model)
+        check = self._self_checks_left > 0 and takes_part
         if check:
             self._self_checks_left -= 1
             expected = self._padded_gradients(model, useful, totals, reference_kl)
@@ -397,16 +414,20 @@ class GPOTrainer(Trainer):
             torch.nn.utils.clip_grad_norm_(value_parameters, args.max_grad_norm)
         total = total.new_tensor(self.ranks.sum([float(total)])[0])
         metrics["trained_rows"] = float(len(useful))
-        if not args.uses_reference and self._is_peft and useful:
+        if not args.uses_reference and self._is_peft and takes_part:
             few = useful[:: max(1, len(useful) // KL_ROWS)][:KL_ROWS]
-            metrics["kl"] = self._measured_kl(few, logprobs)
+            metrics |= self._measured_kl(few, logprobs)
         return total, metrics
 
     def _batches(self, rows: Sequence[TrainingRow], packing: str | None = None) -> list[TrainingBatch]:
         budget, device = self.args.max_tokens_per_microbatch, self.args.device
         if (packing or self.args.packing) == "padded":
-            return padded_batches(rows, budget, device)
-        return tree_batches(rows, self._forest, budget, device)
+            batches = padded_batches(rows, budget, device)
+        else:
+            batches = tree_batches(rows, self._forest, budget, device)
+        if is_sharded(self.model):
+            batches += [idle_batch(device)] * (max(self.ranks.gather(len(batches))) - len(batches))
+        return batches
 
     def _backward(
         self,
@@ -428,7 +449,8 @@ class GPOTrainer(Trainer):
         for batch, reference in zip_longest(batches, references):
             with batch.attention(self.model):
                 with self.compute_loss_context_manager():
-                    output = self._objective(batch, reference, totals, reference_kl)
+                    objective = partial(self._objective, batch, reference, totals, reference_kl)
+                    output = forward_pass(self.model, objective)
                 self.accelerator.backward(output.loss)
             total += output.loss.detach()
             for name, value in output.metrics.items():
@@ -437,7 +459,7 @@ class GPOTrainer(Trainer):
                 weights[name] = weights.get(name, 0) + weight
             logprobs |= {id(row): own for row, own in zip(batch.rows, output.logprobs.split(batch.lengths))}
         metrics = {name: value / weights[name] for name, value in sums.items()}
-        if batches:
+        if logprobs:
             metrics["logprob"] = float(torch.cat(list(logprobs.values())).mean())
         return total, metrics, logprobs
 
@@ -446,14 +468,17 @@ class GPOTrainer(Trainer):
     ) -> LossOutput:
         """The loss of a batch, as its part of that of all rows; `reference` are log-probabilities [T]."""
         hidden = batch.hidden(self._base_model().get_decoder())
-        head = {"hidden": hidden, "weight": self._head().weight, **self._head_options()}
+        zero = anchor(hidden, self._head()) if is_sharded(self.model) else None
+        if zero is not None and not batch.rows:
+            return LossOutput(zero, hidden.new_zeros(0), None, {})
+        head = {"hidden": hidden, "weight": self._head().weight, **self._head_options(self._head())}
         if self.args.learns_from_pairs:
             output = preference_objective(batch, head, self.args, totals, reference, reference_kl)
         else:
             output = policy_objective(batch, head, self.args, totals, reference)
         if self.value_head is not None:
             output = self.value_head.with_loss(output, batch, hidden, self.args, totals.tokens)
-        return output
+        return output if zero is None else replace(output, loss=output.loss + zero)
 
     def _references(self, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:
         """Log-probabilities [T] of each batch under the reference; none where the loss needs none."""
@@ -463,18 +488,23 @@ class GPOTrainer(Trainer):
     def _logprobs(self, batch: TrainingBatch, *, reference: bool) -> torch.Tensor:
         """Log-probabilities [T] under the policy or the reference: the base without adapter, or a frozen copy."""
         model = self._reference if reference and self._reference is not None else self.model
-        base = _base_of(model)
+        base, head = _base_of(model), _base_of(model).get_output_embeddings()
+
+        def compute() -> torch.Tensor:
+            hidden = batch.hidden(base.get_decoder())
+            if is_sharded(model):
+                anchor(hidden, head)
+            if not batch.rows:
+                return hidden.new_zeros(0)
+            inputs = HeadInputs(head.weight, **self._head_options(head))
+            logprobs, _ = token_logprobs(
+                hidden, batch.targets, inputs, batch.shared, want_entropy=False, entropy_needs_grad=False
+            )
+            return logprobs
+
         adapter = model.disable_adapter() if reference and self._is_peft else nullcontext()
         with self.compute_loss_context_manager(), batch.attention(model), adapter:
-            logprobs, _ = token_logprobs(
-                batch.hidden(base.get_decoder()),
-                batch.targets,
-                HeadInputs(base.get_output_embeddings().weight, **self._head_options()),
-                batch.shared,
-                want_entropy=False,
-                entropy_needs_grad=False,
-            )
-        return logprobs
+            return forward_pass(model, compute)
 
     def _kto_baseline(self, batches: Sequence[TrainingBatch], references: Sequence[torch.Tensor]) -> float:
         """KTO's estimate of KL(policy || reference) per completion, at least 0 (arXiv 2402.01306, section 4.1).
@@ -502,15 +532,15 @@ class GPOTrainer(Trainer):
             scale_advantages(rows, self.ranks, centre=True)
         return explained
 
-    def _measured_kl(self, rows: Sequence[TrainingRow], logprobs: dict[int, torch.Tensor]) -> float:
-        """Schulman's k3 estimate of KL(policy || reference) per token, on a few rows."""
+    def _measured_kl(self, rows: Sequence[TrainingRow], logprobs: dict[int, torch.Tensor]) -> dict[str, float]:
+        """Schulman's k3 estimate of KL(policy || reference) per token, on a few rows; nothing where there are none."""
         estimates = []
         for batch in self._batches(rows):
             reference = self._logprobs(batch, reference=True)
-            own = torch.cat([logprobs[id(row)] for row in batch.rows])
-            difference = reference.double() - own.double()
-            estimates.append(torch.expm1(difference) - difference)
-        return float(torch.cat(estimates).mean())
+            for row, theirs in zip(batch.rows, reference.split(batch.lengths)):
+                difference = theirs.double() - logprobs[id(row)].double()
+                estimates.append(torch.expm1(difference) - difference)
+        return {"kl": float(torch.cat(estimates).mean())} if estimates else {}
 
     def _padded_gradients(
         self, model: Any, useful: Sequence[TrainingRow], totals: Totals, reference_kl: float
@@ -524,6 +554,16 @@ class GPOTrainer(Trainer):
 
     # -- the model's parts ----------------------------------------------------------------------------------
 
+    def _refuse_sharding(self) -> None:
+        """Raises ValueError for weights in shards of a kind, or with options, that cannot be trained."""
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            raise ValueError(
+                "GPOTrainer trains weights in shards with FSDP2 only: start it with `accelerate launch --use_fsdp "
+                "--fsdp_version 2`, or without DeepSpeed and FSDP"
+            )
+        if self.is_fsdp_enabled and self.args.critic == "value_head":
+            raise ValueError("critic='value_head' does not work with FSDP: set critic='group' or 'monte_carlo'")
+
     def _base_model(self) -> Any:
         return _base_of(self.model)
 
@@ -533,9 +573,9 @@ class GPOTrainer(Trainer):
             raise TypeError(f"the output head must be a plain linear layer, got {type(head).__name__}")
         return head
 
-    def _head_options(self) -> dict[str, Any]:
+    def _head_options(self, head: torch.nn.Linear) -> dict[str, Any]:
         softcap = getattr(self._base_model().config.get_text_config(), "final_logit_softcapping", None)
-        return {"bias": self._head().bias, "softcap": softcap, "temperature": self.args.temperature}
+        return {"bias": head.bias, "softcap": softcap, "temperature": self.args.temperature}
 
     def _begin_run(self, step: int) -> None:
         if self._began:

@@ -1,4 +1,7 @@
-"""What each process of tests/test_trainer_ranks.py runs: `python run_ranks.py equal|train FOLDER`, or by torchrun."""
+"""What each process of tests/test_trainer_ranks.py runs: `python run_ranks.py equal|train|resume FOLDER`.
+
+Two processes are started by torchrun, or, to shard the model, by `accelerate launch --use_fsdp --fsdp_version 2`.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
-from peft import LoraConfig
+from accelerate import DistributedType, PartialState
+from peft import LoraConfig, PeftModel
 from test_trainer import PROMPTS
+from torch.distributed.tensor import DTensor
 
 from gpo_fast import GPOConfig, GPOTrainer
 from gpo_fast.experience import TrainingRow
@@ -24,11 +30,14 @@ CASES = {
     "dpo": {"loss_type": "dpo"},
     "kto": {"loss_type": "kto", "lora": True},
     "value_head": {"loss_type": "ppo", "critic": "value_head"},
+    "lora": {"loss_type": "ppo", "lora": True, "max_tokens_per_microbatch": 16},
+    "tied": {"loss_type": "grpo", "tied": True},
 }
+FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"
 RANK, COUNT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def trainer(folder: Path, reward, lora: bool = False, **changes) -> GPOTrainer:
+def trainer(folder: Path, reward, lora: bool = False, tied: bool = False, **changes) -> GPOTrainer:
     values = {
         "per_device_train_batch_size": 4 // COUNT,
         "num_generations": 4,
@@ -44,10 +53,15 @@ def trainer(folder: Path, reward, lora: bool = False, **changes) -> GPOTrainer:
         "use_cpu": True,
         **changes,
     }
+    args = GPOConfig(output_dir=str(folder), **values)
+    if FSDP:
+        # Torch shards on CPUs as well, but accelerate (1.15) looks at its FSDP options on accelerators alone.
+        assert args.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return GPOTrainer(
-        tiny.model(initializer_range=0.05),
+        tiny.model(initializer_range=0.05, tie_word_embeddings=tied),
         reward,
-        args=GPOConfig(output_dir=str(folder), **values),
+        args=args,
         train_dataset=PROMPTS,
         processing_class=tiny.tokenizer(),
         peft_config=LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False) if lora else None,
@@ -76,8 +90,15 @@ def rows_of(case: str) -> list[TrainingRow]:
 def equal(folder: Path) -> None:
     """Each case's loss and gradients on the same rows, of which the second process has only useless ones."""
     results = {}
-    for case, changes in CASES.items():
-        run = trainer(folder / f"{case}-{COUNT}", shares_of_ones, **changes)
+    for case in CASES:
+        if FSDP and case == "value_head":
+            with pytest.raises(ValueError, match="does not work with FSDP"):
+                trainer(folder / case, shares_of_ones, **CASES[case])
+            continue
+        run = trainer(folder / f"{case}-{COUNT}", shares_of_ones, **CASES[case])
+        if FSDP:
+            run.create_optimizer()
+            run.model, run.optimizer = run.accelerator.prepare(run.model, run.optimizer)
         rows = rows_of(case)
         mine = rows if COUNT == 1 else [rows[:8], rows[8:]][RANK]
         run._estimate_values(mine)
@@ -85,9 +106,13 @@ def equal(folder: Path) -> None:
         names = [*run.model.named_parameters()]
         names += [] if run.value_head is None else [*run.value_head.named_parameters()]
         results[case] = {"loss": loss, "rows": torch.tensor(run.ranks.merge_metrics(metrics)["trained_rows"])}
-        results[case] |= {name: p.grad for name, p in names if p.grad is not None}
+        results[case] |= {name: whole(p.grad) for name, p in names if p.grad is not None}
     if RANK == 0:
-        torch.save(results, folder / f"equal-{COUNT}.pt")
+        torch.save(results, folder / f"equal-{COUNT}{'-fsdp' * FSDP}.pt")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def train(folder: Path, steps: int) -> None:
@@ -110,9 +135,43 @@ def train(folder: Path, steps: int) -> None:
         (folder / f"train-{COUNT}.json").write_text(json.dumps({"rewards": rewards.tolist(), "pending": len(rows)}))
 
 
+def resume(folder: Path) -> None:
+    """Four steps at once, and three that are saved and one more: the same weights, in the saved model as well."""
+    for lora in (False, True):
+        ends = []
+        for name, stages in (("at once", [4]), ("in two", [3, 4])):
+            output = folder / f"{name} {lora}"
+            for steps in stages:
+                run = trainer(
+                    output, shares_of_ones, lora, max_steps=steps, steps_per_generation=2, save_strategy="steps",
+                    save_steps=3, lr_scheduler_type="constant",
+                )  # fmt: skip
+                start = parameters(run.engine.model)
+                run.train(resume_from_checkpoint=last_checkpoint(output))
+            ends.append(parameters(run.model))
+        torch.testing.assert_close(*ends, rtol=0, atol=0)
+        assert any(not torch.equal(start[name], end) for name, end in ends[0].items()), "nothing was learned"
+        run.sample_rewards(PROMPTS[:2])
+        torch.testing.assert_close(parameters(run.engine.model), ends[0], rtol=0, atol=0)
+        run.save_model(str(output / "model"))
+        run.accelerator.wait_for_everyone()
+        saved = tiny.model(seed=0, initializer_range=0.05)
+        if lora:
+            saved = PeftModel.from_pretrained(saved, output / "model")
+        else:
+            saved = type(saved).from_pretrained(output / "model")
+        torch.testing.assert_close(parameters(saved), ends[0], rtol=0, atol=0)
+
+
+def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "equal":
         equal(Path(sys.argv[2]))
+    elif sys.argv[1] == "resume":
+        resume(Path(sys.argv[2]))
     else:
         train(Path(sys.argv[2]), int(sys.argv[3]))

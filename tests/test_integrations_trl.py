@@ -183,6 +183,106 @@ def test_without_gpo_loss_and_gradients_are_trls(tmp_path: Path, saved: str, cha
         assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_type": "grpo", "beta": 0.2},
+        {"loss_type": "dapo", "steps_per_generation": 2, "per_device_train_batch_size": 4},
+        {"loss_type": "bnpo", "importance_sampling_level": "sequence", "gradient_checkpointing": False},
+        {"loss_type": "dr_grpo", "entropy_coef": 0.3, "temperature": 0.7},
+        {"loss_type": "cispo", "num_iterations": 2, "max_steps": 2},
+        {"loss_type": "grpo", "use_gpo": False},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_tree_packing_gives_the_loss_and_gradients_of_the_padded_rows(
+    tmp_path: Path, saved: str, changes: dict, adapter: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpo_fast.integrations import trl_packing
+
+    sizes = []
+    original = trl_packing.pack_forest
+
+    def counting(*arguments, **keywords):
+        packed = original(*arguments, **keywords)
+        sizes.append((packed.unique_tokens, packed.padded_tokens))
+        return packed
+
+    monkeypatch.setattr(trl_packing, "pack_forest", counting)
+    found = []
+    for packing in ("padded", "tree"):
+        gradients = Gradients()
+        lora = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.0, init_lora_weights=False)
+        torch.manual_seed(7)  # of the adapter
+        run = gpo(
+            tmp_path,
+            saved,
+            trainer={"callbacks": [gradients], "peft_config": lora if adapter else None},
+            **{"max_grad_norm": 0.0, "max_steps": 1, "min_step_tokens": 2, "packing": packing, **changes},
+        )
+        run.train()
+        entries = [entry for entry in run.state.log_history if "loss" in entry]
+        found.append(([(e["loss"], e["entropy"], e.get("kl", 0.0)) for e in entries], gradients.kept))
+        assert bool(sizes) == (packing == "tree")
+        assert (sum(map(len, (r.base_rewards for r in run._groups))) > 0) == run.args.use_gpo
+    assert sum(unique for unique, _ in sizes) < sum(padded for _, padded in sizes)
+    (losses, theirs), (own_losses, ours) = found
+    for numbers, own_numbers in zip(losses, own_losses, strict=True):
+        assert own_numbers == pytest.approx(numbers, rel=1e-4, abs=1e-6)
+    assert set(theirs) == set(ours)
+    assert any(gradient.norm() > 0 for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"estimator": "uniform"},
+        {"estimator": "racing", "racing_delta": 0.3, "proposal": "gradient"},
+        {"estimator": "bisect", "criterion": "min", "proposal": "entropy"},
+        {"estimator": "random", "search": lambda rewards: [int(rewards[0].argmin())]},
+        {"estimator": "uniform", "reuse": "all", "num_samples": 2},
+        {"search_budget": 1e-9},
+    ],
+    ids=lambda changes: "-".join(map(str, changes)),
+)
+@pytest.mark.parametrize("packing", ["padded", "tree"])
+def test_every_search_fills_the_rows(tmp_path: Path, changes: dict, packing: str) -> None:
+    """The rows' prefixes are their trajectory's, and as many are searched as the options say."""
+    run = gpo(tmp_path, packing=packing, min_step_tokens=2, max_steps=1, **changes)
+    found, drawn = [], []
+    log, draw = run._log_search, run._from_critical_steps
+    run._log_search = lambda steps: (found.extend(steps), log(steps))
+    run._from_critical_steps = lambda *a: drawn.extend(zip(a[0], result := draw(*a))) or result
+    run.train()
+    expected = 0 if "search_budget" in changes else 1 if callable(changes.get("search")) else 2
+    assert len(run._groups) == len(found) == len(drawn) == expected
+    reused = [step.reusable[:2] for step in found]
+    assert any(reused) == ("reuse" in changes)
+    for (trajectory, (cut, continuations)), step, taken in zip(drawn, found, reused, strict=True):
+        assert cut == step.token_position
+        assert continuations[: len(taken)] == taken
+        assert len(continuations) == run.args.num_resets == 2
+        for continuation in continuations:
+            assert continuation.prompt_token_ids == [*trajectory.prompt_token_ids, *trajectory.token_ids[:cut]]
+
+
+def test_options_of_our_own_trainer_have_the_same_name_and_default() -> None:
+    import dataclasses
+
+    import gpo_fast
+
+    theirs = {f.name for f in dataclasses.fields(trl.GRPOConfig)}
+    ours = {f.name: f.default for f in dataclasses.fields(GPOConfig) if f.name not in theirs}
+    native = {f.name: f.default for f in dataclasses.fields(gpo_fast.GPOConfig)}
+    assert set(ours) - set(native) == {"reset_share", "racing_delta", "use_rollout_engine", "use_fused_head"}
+    assert native["delta"] == ours["racing_delta"]
+    different = {name for name in set(ours) & set(native) if ours[name] != native[name]}
+    assert different == {"packing"}, "tree packing is asked for under TRL"
+
+
 def test_the_fused_head_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gpo_fast.integrations import trl_head
 
@@ -244,6 +344,12 @@ def test_adapters_conversations_async_rewards_and_checkpoints(tmp_path: Path) ->
         ({"use_rollout_engine": False}, "needs the rollout engine"),
         ({"repetition_penalty": 1.1}, "with repetition_penalty=1.1"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize"),
+        ({"estimator": "bisect"}, "needs criterion='min'"),
+        ({"estimator": "races"}, "estimator must be one of"),
+        ({"search": "all"}, "search must be one of mixed, got 'all'"),
+        ({"packing": "tree", "use_fused_head": False}, "packing='tree' needs use_rollout_engine=True"),
+        ({"packing": "tree", "use_gpo": False, "repetition_penalty": 1.1}, "packing='tree' needs the rollout engine"),
+        ({"packing": "tree", "cast_lm_head_to_fp32": True}, "packing='tree' needs the fused head"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
@@ -278,7 +384,8 @@ rank = int(os.environ["RANK"])
 reward = digits if rank == 0 else lambda completions, **_: [0.0] * len(completions)
 model = policy()
 start = torch.cat([p.detach().flatten() for p in model.parameters()])
-config = GPOConfig(**options(sys.argv[2], per_device_train_batch_size=4, max_steps=3, step_splitter="tokens"))
+config = GPOConfig(**options(sys.argv[2], per_device_train_batch_size=4, max_steps=3, step_splitter="tokens",
+                             packing="tree"))
 run = GPOTrainer(model, reward, args=config, train_dataset=datasets.Dataset.from_list(ROWS),
                  processing_class=tiny.tokenizer())
 run.train()

@@ -18,13 +18,15 @@ from gpo_fast.run_files import last_checkpoint, read_records
 
 SCRIPT = Path(__file__).with_name("run_ranks.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+FSDP = "-m accelerate.commands.launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
+FSDP += " --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 
 
-def run(count: int, *arguments: str) -> None:
-    launch = TORCHRUN if count == 2 else []
+def run(launch: str, *arguments: str) -> None:
+    launchers = {"1": [], "2": TORCHRUN, "2-fsdp": FSDP.split()}
     done = subprocess.run(
-        [sys.executable, *launch, str(SCRIPT), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, *launchers[launch], str(SCRIPT), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         timeout=200,
@@ -34,17 +36,21 @@ def run(count: int, *arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    for count in (1, 2):
-        run(count, "equal", str(folder))
-    return [torch.load(folder / f"equal-{count}.pt", weights_only=True) for count in (1, 2)]
+    launches = ("1", "2", "2-fsdp")
+    for launch in launches:
+        run(launch, "equal", str(folder))
+    return {launch: torch.load(folder / f"equal-{launch}.pt", weights_only=True) for launch in launches}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients_are_those_of_one_process(results, case: str) -> None:
-    one, two = (result[case] for result in results)
+@pytest.mark.parametrize(
+    ("case", "launch"),
+    [(case, launch) for case in CASES for launch in ("2", "2-fsdp") if (case, launch) != ("value_head", "2-fsdp")],
+)
+def test_loss_and_gradients_are_those_of_one_process(results, case: str, launch: str) -> None:
+    one, two = dict(results["1"][case]), dict(results[launch][case])
     assert one.keys() == two.keys()
     assert float(two.pop("loss")) == pytest.approx(float(one.pop("loss")), rel=1e-5)
     assert two.pop("rows") == one.pop("rows")
@@ -53,18 +59,23 @@ def test_loss_and_gradients_are_those_of_one_process(results, case: str) -> None
 
 
 @pytest.mark.slow
+def test_a_sharded_run_goes_on_from_a_checkpoint_and_is_saved_whole(tmp_path: Path) -> None:
+    run("2-fsdp", "resume", str(tmp_path))
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
-    run(2, "train", str(tmp_path), "3")
+    run("2", "train", str(tmp_path), "3")
     checkpoint = last_checkpoint(tmp_path / "run")
     assert checkpoint is not None
     state = json.loads((checkpoint / "gpo_state.json").read_text())
     assert [len(rank["pending"]) for rank in state["ranks"]] == [1, 1]
     left = sum(len(rank["pending"][0]) for rank in state["ranks"])
-    run(1, "train", str(tmp_path), "6")
+    run("1", "train", str(tmp_path), "6")
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert 0 < records[3]["trained_rows"] <= left
-    run(2, "train", str(tmp_path), "8")
+    run("2", "train", str(tmp_path), "8")
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [*range(1, 9)]
     assert len(json.loads((tmp_path / "train-2.json").read_text())["rewards"]) == 16

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,14 +20,19 @@ import numpy as np
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from gpo_fast.critical import CriticalStepFinder
+from gpo_fast.config import one_of
+from gpo_fast.critical import CriticalStep, CriticalStepFinder
+from gpo_fast.critical.finder import OutcomeReward, check_options
 from gpo_fast.data import is_conversation
+from gpo_fast.forest import TokenForest
 from gpo_fast.integrations.trl_head import install_fused_head
+from gpo_fast.integrations.trl_packing import tree_logprobs
 from gpo_fast.integrations.trl_rewards import LocalRewards
-from gpo_fast.procedure import search_mixed
+from gpo_fast.procedure import choose_searches
 from gpo_fast.rollout import RolloutEngine
 from gpo_fast.rollout.types import Completion, Request, RolloutBackend, SamplingParams
-from gpo_fast.steps import StepSplitter
+from gpo_fast.steps import METHODS, StepSplitter
+from gpo_fast.tree_attention import tree_attention_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +43,38 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class GPOConfig(GRPOConfig):
-    """TRL's GRPOConfig and what GPO needs. Every field of GRPOConfig keeps its meaning and default."""
+    """TRL's GRPOConfig and what GPO needs. Every field of GRPOConfig keeps its meaning and default.
+
+    What `gpo_fast.GPOConfig` has too has the same name here, but for its `delta`, a name that TRL uses for something
+    else: it is `racing_delta`.
+    """
 
     use_gpo: bool = _option(True, "Search critical steps and learn from resets; False trains plain GRPO.")
     reset_share: float = _option(0.5, "Share of a searched group's rows that are rollouts from the critical step.")
     num_samples: int = _option(4, "Monte Carlo continuations per step in the search for the critical step.")
     criterion: str = _option("max", "Critical step: largest gain (max), fall (min) or change (abs).")
+    estimator: str = _option(
+        "racing", "Search by racing, uniform (the paper's) or bisect (a heuristic); random is none."
+    )
+    racing_delta: float = _option(0.1, "Racing stops when another step is better with at most this probability.")
+    proposal: Any = _option(None, "Order of the search by logprob, entropy, gradient or a function; off if not set.")
     reset: str = _option("before", "Reset to the state before or after the critical step.")
+    search: Any = _option(
+        "mixed",
+        "Searched: the worst trajectory of each group with mixed outcomes (mixed), or a function that takes the "
+        "rewards (groups, n) and gives places, at most one in each group.",
+    )
     max_searches: int | None = _option(None, "At most so many trajectories are searched per batch and process.")
-    step_splitter: str = _option("newline", "What a step is: newline, paragraph, sentence or tokens.")
+    search_budget: float | None = _option(None, "Most tokens of all searches, as a share of the base rollouts'.")
+    reuse: str = _option(
+        "none", "Rows that the search's samples of the critical step take in place of new rollouts: none, split or all."
+    )
+    step_splitter: Any = _option("newline", f"What a step is: {', '.join(METHODS)}, or a function.")
+    step_pattern: str | None = _option(None, "Regular expression of the end of a step, for the splitter regex.")
     min_step_tokens: int = _option(4, "A shorter step is merged with its neighbour.")
     max_steps_per_trajectory: int = _option(64, "A trajectory with more steps is thinned evenly.")
+    min_steps_per_trajectory: int = _option(1, "A trajectory with fewer steps has its longest ones halved.")
+    packing: str = _option("padded", "Train each row by itself (padded), or tokens that rows share once (tree).")
     use_rollout_engine: bool = _option(True, "Sample with gpo-fast's engine; must stay True with use_gpo.")
     use_fused_head: bool = _option(True, "Compute log-probabilities with gpo-fast's kernels.")
     max_batch_size: int = _option(64, "Sequences that the rollout engine decodes together.")
@@ -55,8 +82,19 @@ class GPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of("packing", self.packing, ("tree", "padded"))
+        if self.packing == "tree" and not (self.use_rollout_engine and self.use_fused_head):
+            raise ValueError(
+                "packing='tree' needs use_rollout_engine=True, which knows the rows' trees, and use_fused_head=True"
+            )
         if not self.use_gpo:
             return
+        check_options(self.num_samples, self.criterion, self.estimator, self.reset, self.reuse, self.racing_delta)
+        if not callable(self.search):
+            one_of("search", self.search, ("mixed",))
+        if not callable(self.step_splitter):
+            one_of("step_splitter", self.step_splitter, METHODS)
+        self.splitter()  # checks the rest
         if self.num_resets < 2:
             raise ValueError(
                 f"reset_share={self.reset_share} of num_generations={self.num_generations} rows is {self.num_resets}, "
@@ -78,6 +116,16 @@ class GPOConfig(GRPOConfig):
                 f"which is not a multiple of num_generations={self.num_generations}: a group would lie on two "
                 "processes, and its critical step could not be searched"
             )
+
+    def splitter(self) -> StepSplitter:
+        """How trajectories are split into steps."""
+        return StepSplitter(
+            self.step_splitter,
+            pattern=self.step_pattern,
+            min_tokens=self.min_step_tokens,
+            max_steps=self.max_steps_per_trajectory,
+            min_steps=self.min_steps_per_trajectory,
+        )
 
     @property
     def num_resets(self) -> int:
@@ -119,12 +167,17 @@ class GPOTrainer(GRPOTrainer):
         args = self.args
         if not isinstance(args, GPOConfig):
             raise TypeError(f"gpo-fast's GPOTrainer needs gpo-fast's GPOConfig, got {type(args).__name__}")
-        if args.use_fused_head:
-            self._install_head()
+        no_head = self._install_head() if args.use_fused_head else None
         reason = _why_no_engine(self, own_rollouts)
         if args.use_gpo and reason is not None:
             raise ValueError(f"critical steps cannot be searched {reason}: change that, or set use_gpo=False")
+        if args.packing == "tree":
+            self._check_packing(no_head, reason)
         self._engine: Any = None
+        self._forest = TokenForest()  # of the rows sampled last
+        self._nodes: list[int] = []  # of each of these rows
+        self._packed_nodes: list[int] | None = None  # of the rows whose log-probabilities TRL computes; None: padded
+        self._attention = ExitStack()
         self._groups: list[_Group] = []
         self._inputs: list[dict[str, Any]] = []
         self._rewards_per_function = torch.zeros(0)
@@ -141,9 +194,6 @@ class GPOTrainer(GRPOTrainer):
                 max_batch_size=args.max_batch_size,
             )
             self.rollout_func = _sample_rows
-        self._splitter = StepSplitter(
-            args.step_splitter, min_tokens=args.min_step_tokens, max_steps=args.max_steps_per_trajectory
-        )
 
     # -- what TRL calls -------------------------------------------------------------------------------------
 
@@ -153,7 +203,48 @@ class GPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self.model.training and self.args.use_gpo:
             self._set_advantages(output)
+        if self._packed_nodes is not None:
+            output["gpo_nodes"] = torch.tensor(self._packed_nodes)  # shuffled and split with the rows
+            self._packed_nodes = None
         return output
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        # Tree attention stays until the backward pass has run: with gradient checkpointing it runs layers again.
+        with ExitStack() as self._attention:
+            return super().training_step(*arguments, **options)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        nodes = inputs.get("gpo_nodes")
+        self._packed_nodes = None if nodes is None else nodes.tolist()
+        loss = super()._compute_loss(model, inputs)
+        self._packed_nodes = None
+        return loss
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        nodes = self._packed_nodes
+        if nodes is None:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **options
+            )
+        size = batch_size or len(nodes)
+        parts = []
+        with ExitStack() as no_backward:
+            attention = self._attention if torch.is_grad_enabled() else no_backward
+            attention.enter_context(tree_attention_of(self.accelerator.unwrap_model(model)))
+            for first in range(0, len(nodes), size):
+                some = nodes[first : first + size]
+                with self.accelerator.autocast():
+                    parts.append(tree_logprobs(model, self._forest, some, self._kept(some), logits_to_keep))
+        logprobs, entropies = zip(*parts)
+        return torch.cat(logprobs), torch.cat(entropies) if options.get("compute_entropy") else None, None
 
     def _calculate_rewards(self, *arguments: Any) -> torch.Tensor:
         self._rewards_per_function = super()._calculate_rewards(*arguments)
@@ -176,66 +267,113 @@ class GPOTrainer(GRPOTrainer):
                 for i, ids in enumerate(prompt_ids)
             ]
         )
-        kept = [0] * len(rows)  # tokens of a row that are the kept prefix, not sampled for it
+        self._plant(rows)
         if searched:
-            self._add_resets(rows, kept, seeds)
+            self._add_resets(rows, seeds)
+        if self.model.training and self.args.packing == "tree":
+            self._packed_nodes = self._nodes
         output: dict[str, Any] = {
             "prompt_ids": [r.prompt_token_ids for r in rows],
             "completion_ids": [r.token_ids for r in rows],
             "logprobs": [r.sampling_logprobs for r in rows],
         }
         if searched:
+            kept = self._kept(self._nodes)
             output["env_mask"] = [[0] * k + [1] * (len(r.token_ids) - k) for r, k in zip(rows, kept)]
         return output
 
     # -- GPO ------------------------------------------------------------------------------------------------
 
-    def _add_resets(self, rows: list[Completion], kept: list[int], seeds: np.ndarray) -> None:
+    def _plant(self, rows: list[Completion]) -> None:
+        """The rows as a forest."""
+        self._forest, self._nodes = TokenForest(), []
+        roots: dict[tuple[int, ...], int] = {}
+        for row in rows:
+            prompt = tuple(row.prompt_token_ids)
+            if prompt not in roots:
+                roots[prompt] = self._forest.add_prompt(prompt)
+            self._nodes.append(self._forest.branch(roots[prompt], len(prompt), row.token_ids))
+
+    def _kept(self, nodes: Sequence[int]) -> list[int]:
+        """For each node the tokens of its completion that are the prefix that was kept, not sampled for it."""
+        kept = []
+        for node in nodes:
+            root = node
+            while self._forest.nodes[root].parent != -1:
+                root = self._forest.nodes[root].parent
+            kept.append(self._forest.nodes[node].start - self._forest.nodes[root].end)
+        return kept
+
+    def _add_resets(self, rows: list[Completion], seeds: np.ndarray) -> None:
         """Replaces the last rows of each searched group by rollouts from its critical step.
 
         Which rows go is fixed by their place, not by their reward, so the rows that stay are a fair sample.
         """
         width, resets = self.num_generations, self.args.num_resets
         scores = self._score(rows, range(len(rows))).reshape(-1, width)
-        chosen = search_mixed(scores)[: self.args.max_searches]
-        drawn = self._from_critical_steps([rows[i] for i in chosen], chosen, scores, seeds) if chosen else []
-        for n, group in enumerate(i // width for i in chosen):
+        chosen = choose_searches(scores, rows, self.args, self._finder(lambda found: [], 0))
+        if len({i // width for i in chosen}) < len(chosen):
+            raise ValueError(f"search chose {chosen}: under TRL at most one trajectory of a group of {width}")
+        trajectories = [rows[i] for i in chosen]
+        drawn = self._from_critical_steps(trajectories, chosen, scores, seeds) if chosen else []
+        for i, trajectory, (cut, continuations) in zip(chosen, trajectories, drawn):
+            group, node = i // width, self._nodes[i]
             end = (group + 1) * width
-            for row, completion in zip(range(end - resets, end), drawn[n * resets : (n + 1) * resets]):
-                rows[row], kept[row] = completion
+            for row, continuation in zip(range(end - resets, end), continuations):
+                rows[row] = CriticalStepFinder.whole(trajectory, continuation)
+                at = len(trajectory.prompt_token_ids) + cut
+                self._nodes[row] = self._forest.branch(node, at, continuation.token_ids)
             self._groups.append(_Group(group * width, resets, scores[group].tolist()))
         metrics = self._metrics["train"]
         metrics["gpo/searched_groups"].append(len(chosen) / max(1, len(scores)))
 
     def _from_critical_steps(
         self, trajectories: list[Completion], chosen: list[int], scores: np.ndarray, seeds: np.ndarray
-    ) -> list[tuple[Completion, int]]:
-        """Whole completions from each trajectory's critical step, with the number of tokens that were kept."""
-        finder = CriticalStepFinder(
-            self._engine,
-            lambda found: self._score(found, [chosen[c.request_index] for c in found]).tolist(),
-            self._splitter,
-            n_samples=self.args.num_samples,
-            criterion=self.args.criterion,  # type: ignore[arg-type]
-            reset=self.args.reset,  # type: ignore[arg-type]
-            sampling=self._sampling(max((t.prompt_token_ids for t in trajectories), key=len)),
-            seed=int(seeds[1]),
-        )
+    ) -> list[tuple[int, list[Completion]]]:
+        """For each trajectory how many tokens are kept, and the continuations of its critical step."""
+        longest = max((t.prompt_token_ids for t in trajectories), key=len)
+        outcome = lambda found: self._score(found, [chosen[c.request_index] for c in found]).tolist()  # noqa: E731
+        finder = self._finder(outcome, int(seeds[1]), longest)
         groups = [scores[i // self.num_generations].tolist() for i in chosen]
         found = finder.find(trajectories, rewards=[float(scores.flat[i]) for i in chosen], root_values=groups)
-        cuts = [f.token_position for f in found]
-        requests = []
-        for n, (trajectory, cut) in enumerate(zip(trajectories, cuts)):
-            sampling, seed = self._sampling(trajectory.prompt_token_ids), int(seeds[2]) + n
-            requests.append(CriticalStepFinder.continuation(trajectory, cut, self.args.num_resets, sampling, seed=seed))
+        self._log_search(found)
+        drawn = [(f.token_position, f.reusable[: self.args.num_resets]) for f in found]
+        requests, owners = [], []
+        for n, (trajectory, (cut, reused)) in enumerate(zip(trajectories, drawn)):
+            missing = self.args.num_resets - len(reused)
+            if missing:
+                sampling, seed = self._sampling(trajectory.prompt_token_ids), int(seeds[2]) + n
+                requests.append(CriticalStepFinder.continuation(trajectory, cut, missing, sampling, seed=seed))
+                owners.append(n)
+        for completion in self._engine.generate(requests):
+            drawn[owners[completion.request_index]][1].append(completion)
+        return drawn
+
+    def _finder(self, outcome: OutcomeReward, seed: int, prompt_ids: Sequence[int] = ()) -> CriticalStepFinder:
+        args = self.args
+        return CriticalStepFinder(
+            self._engine,
+            outcome,
+            args.splitter(),
+            n_samples=args.num_samples,
+            criterion=args.criterion,  # type: ignore[arg-type]
+            estimator=args.estimator,  # type: ignore[arg-type]
+            reset=args.reset,  # type: ignore[arg-type]
+            reuse=args.reuse,  # type: ignore[arg-type]
+            sampling=self._sampling(prompt_ids),
+            delta=args.racing_delta,
+            proposal=args.proposal,
+            seed=seed,
+        )
+
+    def _log_search(self, found: Sequence[CriticalStep]) -> None:
         metrics = self._metrics["train"]
-        metrics["gpo/critical_advantage"].append(float(np.mean([f.advantages[f.index] for f in found])))
+        advantages = [f.advantages[f.index] for f in found]
+        metrics["gpo/critical_advantage"].append(float(np.mean([a for a in advantages if np.isfinite(a)] or [0.0])))
         metrics["gpo/critical_position"].append(float(np.mean([f.index / len(f.steps) for f in found])))
+        metrics["gpo/critical_confidence"].append(float(np.mean([f.confidence for f in found])))
         metrics["gpo/search_tokens"].append(float(sum(f.num_tokens for f in found)))
-        return [
-            (CriticalStepFinder.whole(trajectories[c.request_index], c), cuts[c.request_index])
-            for c in self._engine.generate(requests)
-        ]
+        metrics["gpo/search_tokens_saved"].append(float(sum(f.tokens_saved for f in found)))
 
     def _set_advantages(self, output: dict[str, Any]) -> None:
         """Advantages of searched groups: base rows against all completions of the prompt, resets among themselves."""
@@ -285,16 +423,29 @@ class GPOTrainer(GRPOTrainer):
             stop_token_ids=tuple(self.eos_token_ids),
         )
 
-    def _install_head(self) -> None:
+    def _check_packing(self, no_head: str | None, no_engine: str | None) -> None:
+        """Raises ValueError where rows cannot be packed as trees."""
+        for condition, reason in (
+            (no_head is not None, f"the fused head, but {no_head}"),
+            (no_engine is not None, f"the rollout engine, which cannot sample {no_engine}"),
+            (self.aux_loss_enabled, "a model without a router loss"),
+        ):
+            if condition:
+                raise ValueError(f"packing='tree' needs {reason}: set packing='padded'")
+
+    def _install_head(self) -> str | None:
+        """Why TRL's own head stays, or None."""
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             logger.warning("TRL's own log-probabilities are used, because the weights are sharded")
-            return
+            return "the weights are sharded"
         in_loss = self.args.entropy_coef != 0 or self.args.use_adaptive_entropy
-        install_fused_head(model, self.temperature, entropy=True, entropy_needs_grad=in_loss)
-        if self.ref_model is not None:
-            reference = self.accelerator.unwrap_model(self.ref_model)
-            install_fused_head(reference, self.temperature, entropy=False, entropy_needs_grad=False)
+        reason = install_fused_head(model, self.temperature, entropy=True, entropy_needs_grad=in_loss)
+        if self.ref_model is None:
+            return reason
+        reference = self.accelerator.unwrap_model(self.ref_model)
+        other = install_fused_head(reference, self.temperature, entropy=False, entropy_needs_grad=False)
+        return reason or other
 
 
 def _sample_rows(prompts: list[Any], trainer: GPOTrainer) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from gpo_fast.losses.head import IGNORED
 from gpo_fast.losses.linear_logprob import HeadInputs, logprobs_and_entropy
+from gpo_fast.losses.shared_rows import token_logprobs
+from gpo_fast.packing import PackedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,9 @@ _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_sca
 
 def install_fused_head(model: Any, temperature: float, *, entropy: bool, entropy_needs_grad: bool) -> str | None:
     """Replaces TRL's fused head on `model` (the base model under an adapter) by ours.
+
+    The forward pass then also takes `packed`, a PackedBatch in place of tokens and labels; `log_probs` and `entropy`
+    are then those of its T loss tokens.
 
     Args:
         temperature: the logits are divided by it.
@@ -42,7 +47,12 @@ def install_fused_head(model: Any, temperature: float, *, entropy: bool, entropy
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
     @functools.wraps(type(model).forward)  # generate() validates its arguments against this signature
-    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, fused_lm_head: bool = False, packed: PackedBatch | None = None, **kwargs: Any
+    ) -> Any:
+        needs_grad = entropy and entropy_needs_grad and torch.is_grad_enabled()
+        if packed is not None:
+            return _packed_forward(self, packed, temperature, softcap, entropy, needs_grad)
         if not fused_lm_head or kwargs.get("output_router_logits") or kwargs.get("shift_labels") is not None:
             return trl_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
         labels, count = kwargs.pop("labels")[:, 1:], kwargs.pop("num_items_in_batch", None)
@@ -53,7 +63,7 @@ def install_fused_head(model: Any, temperature: float, *, entropy: bool, entropy
             labels,
             HeadInputs(head.weight, head.bias, temperature, softcap),
             want_entropy=entropy,
-            entropy_needs_grad=entropy and entropy_needs_grad and torch.is_grad_enabled(),
+            entropy_needs_grad=needs_grad,
         )
         mask = labels != IGNORED
         loss = -logprobs.sum() / (mask.sum().clamp(min=1) if count is None else count)
@@ -63,6 +73,24 @@ def install_fused_head(model: Any, temperature: float, *, entropy: bool, entropy
 
     model.forward = types.MethodType(forward, model)
     return None
+
+
+def _packed_forward(
+    model: Any, packed: PackedBatch, temperature: float, softcap: float | None, entropy: bool, needs_grad: bool
+) -> FusedCausalLMOutput:
+    hidden = model.base_model(
+        input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, tree=packed.tree
+    ).last_hidden_state
+    head = model.get_output_embeddings()
+    logprobs, entropies = token_logprobs(
+        hidden.flatten(0, 1)[packed.rows],
+        packed.targets,
+        HeadInputs(head.weight, head.bias, temperature, softcap),
+        packed.shared,
+        want_entropy=entropy,
+        entropy_needs_grad=needs_grad,
+    )
+    return FusedCausalLMOutput(loss=-logprobs.mean(), log_probs=logprobs, entropy=entropies if entropy else None)
 
 
 def _why_not(model: Any) -> str | None:

@@ -6,9 +6,11 @@ TIDY_SOURCES := csrc/prefix_cache.cpp csrc/run_tree.cpp csrc/run_tree_debug.cpp 
 	$(wildcard csrc/cpu/*.cpp)
 PREFIX_CACHE_SOURCES := csrc/prefix_cache.cpp csrc/run_tree.cpp csrc/run_tree_debug.cpp csrc/shared_plan.cpp
 
+TIDY := printf '%s\n' $(TIDY_SOURCES) | xargs -P 2 -I FILE \
+	$(BIN)/clang-tidy --quiet --warnings-as-errors='*' FILE -- -std=c++17 -Icsrc -w
 DOCS_BUILD := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-.PHONY: demo test lint tidy format docs audit soak soak-engine kill-test sanitize sanitize-threads fuzz clean
+.PHONY: demo test lint tidy coverage format docs audit soak soak-engine kill-test sanitize sanitize-threads fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gpo-fast demo $(DEMO_ARGS)
@@ -21,6 +23,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(TIDY)
 	$(DOCS_BUILD)
 
 format: $(VENV)/.installed
@@ -28,10 +31,16 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-# Static analysis of the C++ sources; the checks are chosen in .clang-tidy.
+# Static analysis of the C++ sources, also a part of lint; the checks are chosen in .clang-tidy.
 tidy: $(VENV)/.installed
-	$(BIN)/python -m pip install -q --disable-pip-version-check clang-tidy==22.1.8
-	$(BIN)/clang-tidy --quiet --warnings-as-errors='*' $(TIDY_SOURCES) -- -std=c++17 -Icsrc -w
+	$(TIDY)
+
+# Lines of gpo_fast that the tests run, of processes that they start too.
+coverage: $(VENV)/.installed
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(COVERAGE_ARGS)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --skip-covered --sort=cover
 
 # Known vulnerabilities of what is installed; needs a network. tests/test_security.py looks at the lower bounds offline.
 audit: $(VENV)/.installed

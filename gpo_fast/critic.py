@@ -87,7 +87,8 @@ class ValueHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> values [R]."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.linear(hidden.float())[:, 0]
+            values: Tensor = self.linear(hidden.float())
+        return values[:, 0]
 
     def with_loss(
         self, output: LossOutput, batch: TrainingBatch, hidden: Tensor, args: GPOConfig, num_tokens: float

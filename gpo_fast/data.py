@@ -73,7 +73,7 @@ def encode_prompt(prompt: Any, tokenizer: Any, max_length: int) -> list[int]:
 
 def decode_completion(token_ids: Sequence[int], tokenizer: Any) -> str:
     """The text that rewards see: special tokens such as end-of-sequence are left out."""
-    return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def columns_of(examples: Sequence[Example], without: Sequence[str] = ("prompt",)) -> dict[str, list[Any]]:

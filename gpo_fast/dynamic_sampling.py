@@ -14,7 +14,7 @@ from gpo_fast.rollout.types import Completion
 
 def mixed_groups(rewards: np.ndarray) -> np.ndarray:
     """Which groups of rewards (groups, n) differ within themselves, bool (groups,)."""
-    return rewards.max(axis=1) > rewards.min(axis=1)
+    return np.greater(rewards.max(axis=1), rewards.min(axis=1))
 
 
 @dataclass
@@ -30,7 +30,8 @@ class BaseRollouts:
     rounds: int = 0
 
     def prompt(self, group: int) -> list[int]:
-        return self.completions[group * self.rewards.shape[1]].prompt_token_ids
+        width: int = self.rewards.shape[1]
+        return self.completions[group * width].prompt_token_ids
 
     def is_mixed(self) -> np.ndarray:
         """Which groups have outcomes that differ, bool (groups,)."""

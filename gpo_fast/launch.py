@@ -81,7 +81,8 @@ def find_critical(
         mine = [rows[chosen[c.request_index]] for c in completions]
         texts = [decode_completion(c.token_ids, tokenizer) for c in completions]
         columns = columns_of(mine, without=("prompt", "completion"))
-        return rewards([r["prompt"] for r in mine], texts, [c.token_ids for c in completions], columns).total.tolist()
+        scored = rewards([r["prompt"] for r in mine], texts, [c.token_ids for c in completions], columns)
+        return [float(total) for total in scored.total]
 
     if all(given):
         trajectories = [_given(p, row["completion"], tokenizer) for p, row in zip(prompts, rows)]
@@ -195,7 +196,8 @@ def load_rows(name: str, split: str) -> list[dict[str, Any]]:
 
         rows = list(datasets.load_dataset(name, split=split))
     check_dataset(rows, name)
-    return json.loads(json.dumps(rows))
+    plain: list[dict[str, Any]] = json.loads(json.dumps(rows))
+    return plain
 
 
 def _lora(spec: RunSpec) -> Any:

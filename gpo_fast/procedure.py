@@ -174,7 +174,7 @@ class GuidedSampler:
         self, completions: Sequence[Completion], owner: Sequence[int], examples: Sequence[Example]
     ) -> np.ndarray:
         """What is trained on: the outcomes with the punishment of long completions. float64, shape (n,)."""
-        return self._outcomes(completions, owner, examples) + self._punishment(completions)
+        return np.add(self._outcomes(completions, owner, examples), self._punishment(completions))
 
     def _punishment(self, completions: Sequence[Completion]) -> np.ndarray:
         lengths = [len(c.token_ids) for c in completions]
@@ -201,7 +201,7 @@ class GuidedSampler:
         together.
         """
         config, width = self.config, rewards.shape[1]
-        centred = rewards - rewards.mean(axis=1, keepdims=True)
+        centred: np.ndarray = rewards - rewards.mean(axis=1, keepdims=True)
         if config.loss_type == "rloo":
             centred = centred * (width / (width - 1))  # r - (the others' mean)
         if config.scale_rewards and config.critic == "group":
@@ -274,7 +274,7 @@ class GuidedSampler:
         def outcome(completions: Sequence[Completion]) -> Sequence[float]:
             with timer("reward"):
                 owner = [searched[c.request_index].example for c in completions]
-                return self._score(completions, owner, examples).tolist()
+                return [float(score) for score in self._score(completions, owner, examples)]
 
         found = self._finder(outcome, seed).find(
             [s.completion for s in searched],

@@ -8,6 +8,7 @@ process without anything to train on then only adds zeros.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -33,12 +34,17 @@ class Ranks:
         if self.count == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        with self._talking():
+            dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, own: T) -> list[T]:
         """What every process passes, in their order."""
-        return [own] if self.count == 1 else gather_object([own])
+        if self.count == 1:
+            return [own]
+        with self._talking():
+            everyone: list[T] = gather_object([own])
+        return everyone
 
     def share(self, values: Sequence[T]) -> list[T]:
         """This process's part of what all of them hold: every `count`-th value."""
@@ -55,7 +61,8 @@ class Ranks:
         reached = self.sum([float(p.grad is not None) for p in wanted])
         for bucket in _buckets([p for p, number in zip(wanted, reached) if number > 0]):
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-            dist.all_reduce(flat)
+            with self._talking():
+                dist.all_reduce(flat)
             for p, gradient in zip(bucket, flat.split([p.numel() for p in bucket])):
                 p.grad = gradient.view_as(p)
 
@@ -67,6 +74,17 @@ class Ranks:
             values = [metrics[name] for metrics in everyone if name in metrics]
             merged[name] = sum(values) / (1 if name.startswith(SUMMED) else len(values))
         return merged
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Says what to do when a process has died; the backend says "Connection closed by peer" only."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"process {self.index} of {self.count} lost contact with the others, so one of them has probably "
+                f"ended: its own output says why, and the same command goes on from the last checkpoint ({error})"
+            ) from error
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -176,7 +176,7 @@ def get_reward(name: str) -> RewardFunction:
     if ":" not in name:
         raise ValueError(f"unknown reward function {name!r}: use one of {', '.join(_KNOWN)}, or 'module:function'")
     module, _, attribute = name.partition(":")
-    function = getattr(importlib.import_module(module), attribute, None)
+    function: RewardFunction | None = getattr(importlib.import_module(module), attribute, None)
     if function is None:
         raise ValueError(f"the module {module!r} has no reward function {attribute!r}")
     return function
@@ -242,7 +242,7 @@ def multiple_choice(completions: list[Any], answer: list[Any], **_: Any) -> list
 
 def chosen_letter(text: str) -> str | None:
     """The option that a text chooses: the last "answer is X" or boxed letter, else a last line that is one letter."""
-    said = re.findall(
+    said: list[str] = re.findall(
         r"(?:answer\s*(?:is|:)\s*|\\boxed\{\s*(?:\\text\{)?\s*)\(?\*{0,2}([A-Za-z])\b", text, re.IGNORECASE
     )
     if said:

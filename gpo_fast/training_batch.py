@@ -69,7 +69,7 @@ class TrainingBatch:
     def hidden(self, decoder: Any) -> Tensor:
         """The decoder's hidden states that have a loss, [rows, H]."""
         options = {} if self.tree is None else {"tree": self.tree}
-        hidden = decoder(
+        hidden: Tensor = decoder(
             input_ids=self.input_ids, position_ids=self.position_ids, use_cache=False, **options
         ).last_hidden_state
         return hidden.flatten(0, 1)[self.loss_rows]

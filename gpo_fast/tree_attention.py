@@ -67,7 +67,8 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeShape, s
     if query.shape[0] != tree.subtree_end.shape[0]:
         raise ValueError(f"the tree has {tree.subtree_end.shape[0]} tokens, the query {query.shape[0]}")
     if query.device.type == "cpu":
-        return _BlockAttention.apply(query, key, value, tree, scale)
+        out: Tensor = _BlockAttention.apply(query, key, value, tree, scale)
+        return out
     if query.device.type == "cuda":
         return attend_flex(query, key, value, tree, scale, compiled_flex())
     raise ValueError(f"tree-packed training runs on cpu and cuda, got {query.device}: train with packing='padded'")
@@ -165,7 +166,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def attend_flex(query: Tensor, key: Tensor, value: Tensor, tree: TreeShape, scale: float, flex: Any) -> Tensor:
     """`tree_attention` by FlexAttention; `flex` is `flex_attention`, compiled or not."""
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-    out = flex(q, k, v, block_mask=tree.block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    out: Tensor = flex(q, k, v, block_mask=tree.block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     return out[0].transpose(0, 1)
 
 

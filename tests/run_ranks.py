@@ -1,12 +1,14 @@
 """What each process of tests/test_trainer_ranks.py runs: `python run_ranks.py equal|train|resume FOLDER`.
 
 Two processes are started by torchrun, or, to shard the model, by `accelerate launch --use_fsdp --fsdp_version 2`.
+`train FOLDER STEPS die` kills the second process in the middle of the first step after a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -115,10 +117,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(folder: Path, steps: int) -> None:
+def train(folder: Path, steps: int, dies: bool) -> None:
     """A run of two steps an iteration, saved in the middle of one; prompts 8 to 15 have nothing to be learned."""
 
     def reward(prompts, completions, **_):
+        if dies and RANK == 1 and last_checkpoint(folder / "run") is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
         return [0.0 if prompt[0] in "23" else float("1" in c) for prompt, c in zip(prompts, completions)]
 
     run = trainer(
@@ -174,4 +178,4 @@ if __name__ == "__main__":
     elif sys.argv[1] == "resume":
         resume(Path(sys.argv[2]))
     else:
-        train(Path(sys.argv[2]), int(sys.argv[3]))
+        train(Path(sys.argv[2]), int(sys.argv[3]), dies=sys.argv[4:] == ["die"])

@@ -72,6 +72,39 @@ def test_new_weights_reach_every_actor_also_one_that_starts_later(saved: str) ->
         backend.close()
 
 
+def test_an_actor_that_dies_while_weights_arrive_is_replaced_by_one_that_has_them(saved: str, tmp_path: Path) -> None:
+    died = str(tmp_path / "died")
+
+    def build():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(saved).eval()
+        load = model.load_state_dict
+
+        def die_once(weights):
+            try:
+                os.close(os.open(died, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return load(weights)
+            os._exit(1)
+
+        model.load_state_dict = die_once
+        return model, AutoTokenizer.from_pretrained(saved)
+
+    trained = tiny.model(seed=5)
+    backend = RayBackend(build, 2, model=trained, tokenizer=tiny.tokenizer(), chunk_size=1)
+    try:
+        wanted = requests(8)
+        old = [c.token_ids for c in backend.generate(wanted)]
+        backend.update_weights()
+        assert backend.stats()["replaced"] == 1
+        local = [c.token_ids for c in RolloutEngine(trained, tiny.tokenizer()).generate(wanted)]
+        assert [c.token_ids for c in backend.generate(wanted)] == local != old
+        assert backend.stats()["replaced"] == 1
+    finally:
+        backend.close()
+
+
 def test_errors_are_the_engines_own_and_a_deadly_chunk_is_given_up(saved: str, tmp_path: Path) -> None:
     backend = RayBackend(saved, 1)
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +81,38 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [*range(1, 9)]
     assert len(json.loads((tmp_path / "train-2.json").read_text())["rewards"]) == 16
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Without a launcher, which would end the other process too: it must notice by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(SCRIPT), "train", str(tmp_path), "6", "die"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**shared, "WORLD_SIZE": "2", "RANK": str(i), "LOCAL_RANK": str(i)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        ranks[1].communicate(timeout=200)
+        assert ranks[1].returncode == -signal.SIGKILL
+        _, said = ranks[0].communicate(timeout=60)
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ranks[0].returncode == 1
+    assert "process 0 of 2 lost contact with the others" in said
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
+    run(2, "train", str(tmp_path), "6")
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
 
 
 def test_pending_rows_of_two_processes_become_those_of_one() -> None:

@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "cpu/linear_logprob_gemm.h"
 
@@ -98,7 +99,7 @@ GPO_TABLE("avx512", true)
 
 namespace {
 
-const Kernels* find_kernels(const std::string& name) {
+const Kernels* find_kernels(std::string_view name) {
     if (name == "portable") return &portable::kTable;
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -112,7 +113,7 @@ const Kernels* find_kernels(const std::string& name) {
     return nullptr;
 }
 
-const Kernels* best_kernels() {
+const Kernels* best_kernels() noexcept {
     for (const char* name : {"avx512", "avx2"}) {
         if (const Kernels* found = find_kernels(name)) return found;
     }

@@ -93,8 +93,8 @@ void keep_top_k(const Row& row, int64_t k, std::vector<Candidate>& kept) {
 // Enough of the likeliest tokens to hold `share` of the whole weight.
 void collect_share(const Row& row, double share, std::vector<Candidate>& kept) {
     const double needed = share * sum_all(row) * (1 + 1e-5);
-    for (float depth = 8; depth < 90; depth *= 2) {
-        collect(row, row.highest - depth / row.inverse_temperature, kept);
+    for (const int depth : {8, 16, 32, 64}) {
+        collect(row, row.highest - static_cast<float>(depth) / row.inverse_temperature, kept);
         if (weight_of(kept) >= needed) return;
     }
     collect(row, -INFINITY, kept);

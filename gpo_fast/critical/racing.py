@@ -63,13 +63,15 @@ class RacingSearch(Search):
         values = paths[:, :-1]
         won = winners[:, None] == np.arange(len(probability))  # (paths, candidates)
         given = won.T.astype(float) @ values / np.maximum(won.sum(axis=0), 1)[:, None]  # mean values by winner
-        return np.maximum(_entropy(values.mean(axis=0)) - probability @ _entropy(given), 0.0)
+        information: np.ndarray = np.maximum(_entropy(values.mean(axis=0)) - probability @ _entropy(given), 0.0)
+        return information
 
     def _order(self) -> np.ndarray:
         """A proposal's share in the order of the search: 1 to 2 for each state. It never enters the posterior."""
         scores = np.asarray(self.problem.proposal or np.zeros(self.problem.num_states), dtype=float)
         scores = scores / (scores.max() or 1.0)
-        return 1.0 + np.maximum(scores, np.concatenate([[0.0], scores[:-1]]))
+        share: np.ndarray = 1.0 + np.maximum(scores, np.concatenate([[0.0], scores[:-1]]))
+        return share
 
     def _allocate(self, worth: np.ndarray, pending: Mapping[int, int]) -> Round:
         """The round's continuations, each to the state that is worth most after those it has already got."""
@@ -98,4 +100,5 @@ class RacingSearch(Search):
 def _entropy(probability: np.ndarray) -> np.ndarray:
     """Entropy (nats) of right-or-wrong outcomes."""
     p = np.clip(probability, 1e-12, 1 - 1e-12)
-    return -p * np.log(p) - (1 - p) * np.log1p(-p)
+    entropy: np.ndarray = -p * np.log(p) - (1 - p) * np.log1p(-p)
+    return entropy

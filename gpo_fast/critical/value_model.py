@@ -73,7 +73,8 @@ def _transition() -> np.ndarray:
     drift = np.exp(-0.5 * ((_ANGLES[:, None] - _ANGLES) / DRIFT) ** 2)
     drift /= drift.sum(axis=1, keepdims=True)
     jump = np.stack([_beta(value) for value in VALUES])
-    return (1 - JUMP - ANYWHERE) * drift + JUMP * jump + ANYWHERE * _START
+    mixed: np.ndarray = (1 - JUMP - ANYWHERE) * drift + JUMP * jump + ANYWHERE * _START
+    return mixed
 
 
 def _beta(mean: float) -> np.ndarray:
@@ -90,4 +91,4 @@ def _beta(mean: float) -> np.ndarray:
 
 
 def _normalised(weights: np.ndarray) -> np.ndarray:
-    return weights / weights.sum()
+    return np.divide(weights, weights.sum())

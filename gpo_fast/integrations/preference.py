@@ -236,7 +236,8 @@ class _Builder:
             return []
 
         def outcome(completions: Sequence[Completion]) -> list[float]:
-            return self._score(completions, [examples[c.request_index] for c in completions]).tolist()
+            scores = self._score(completions, [examples[c.request_index] for c in completions])
+            return [float(score) for score in scores]
 
         finder = CriticalStepFinder(
             self.engine,

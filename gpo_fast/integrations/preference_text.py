@@ -50,7 +50,7 @@ def exact_text(context_ids: Sequence[int], token_ids: Sequence[int], tokenizer: 
 
 
 def _text(token_ids: Sequence[int], tokenizer: Any) -> str:
-    return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _starts(context: str, tokenizer: Any) -> list[str]:

@@ -44,6 +44,7 @@ class LocalRewards:
                 text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
             )
             with torch.inference_mode():
-                return model(**batch.to(self.trainer.accelerator.device)).logits[:, 0].float().tolist()
+                logits: torch.Tensor = model(**batch.to(self.trainer.accelerator.device)).logits
+            return logits[:, 0].tolist()
 
         return reward

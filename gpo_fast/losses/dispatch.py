@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 def forward(head: Head, batch: Batch, wants: ForwardWants) -> Rows:
     """One pass over the vocabulary by the best code for these inputs."""
-    return choose(head, batch.hidden).forward(head, batch, wants)
+    rows: Rows = choose(head, batch.hidden).forward(head, batch, wants)
+    return rows
 
 
 def backward_frozen(
@@ -34,14 +35,17 @@ def backward_frozen(
     assert rows.expected is not None
     on_gpu = gpu is not None and gpu.supported(head, rows.expected)
     path = gpu if on_gpu else chunked
-    return path.backward_frozen(head, rows, targets, target_rows, first, gradients)
+    gradient: Tensor = path.backward_frozen(head, rows, targets, target_rows, first, gradients)
+    return gradient
 
 
 def backward(
     head: Head, batch: Batch, lse: Tensor, entropy: Tensor, gradients: OutputGradients, wants: GradientWants
 ) -> Gradients:
     """Recompute the logits and give the gradients that are wanted, by the best code for these inputs."""
-    return choose(head, batch.hidden).backward(head, batch, lse, entropy, gradients, wants)
+    path = choose(head, batch.hidden)
+    wanted: Gradients = path.backward(head, batch, lse, entropy, gradients, wants)
+    return wanted
 
 
 def choose(head: Head, hidden: Tensor) -> ModuleType:

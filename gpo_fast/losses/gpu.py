@@ -103,9 +103,10 @@ def backward_frozen(
     share = target_shares(rows, target_rows, gradients, row_gradients)
     # The gradient of a sum is one number, expanded: its stride is 0.
     entropy_gradient = None if gradients.entropy is None else gradients.entropy.contiguous()
-    return frozen_backward(
+    gradient: Tensor = frozen_backward(
         rows.expected, rows.entropy_row, _dense(head).weight, first, targets, share, row_gradients, entropy_gradient
     )
+    return gradient
 
 
 def backward(

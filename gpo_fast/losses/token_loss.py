@@ -54,7 +54,8 @@ def fused_loss(
         max_log_ratio=max_log_ratio,
     )
     arrays = [None if array is None else array.contiguous() for array in (old, ref, advantage, importance, share)]
-    return _TokenLoss.apply(new.contiguous(), *arrays, numbers)
+    loss: Tensor = _TokenLoss.apply(new.contiguous(), *arrays, numbers)
+    return loss
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -71,7 +72,7 @@ class _TokenLoss(torch.autograd.Function):
     ) -> Tensor:
         terms, derivatives = step_loss.token_losses(new, old, ref, advantage, importance, share, options)
         ctx.save_for_backward(derivatives)
-        return terms.sum()
+        return torch.sum(terms)
 
     @staticmethod
     @once_differentiable

@@ -70,7 +70,8 @@ def attend_shared(
 
     Returns: [N, heads, head size].
     """
-    return shared_attention(queries, keys, values, plan_arrays, lengths, scale, softcap)
+    out: Tensor = shared_attention(queries, keys, values, plan_arrays, lengths, scale, softcap)
+    return out
 
 
 @cache

@@ -191,7 +191,7 @@ class OpenAIBackend:
     def _prompt(self, token_ids: list[int]) -> list[int] | str:
         if self.mode == "tokens":
             return token_ids
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         bos = self.tokenizer.bos_token
         for shown in (text, text.removeprefix(bos) if bos else text):
             if self.tokenizer(shown)["input_ids"] == token_ids:
@@ -260,7 +260,8 @@ class OpenAIBackend:
                 parts.append(part)
                 if time.monotonic() > deadline:  # the socket's own limit is for each part alone
                     raise TimeoutError(f"the answer was not complete after {self.timeout} seconds")
-        return json.loads(b"".join(parts))
+        parsed: dict[str, Any] = json.loads(b"".join(parts))
+        return parsed
 
     def _completion(
         self, answer: dict[str, Any], sampling: SamplingParams, prompt: list[int], number: int, branch: int

@@ -112,7 +112,7 @@ class PackedDecoder:
     def _vector(self, norm: Any) -> int:
         if norm is None:
             return 0
-        vector = norm.weight.detach().float().clone()
+        vector: Tensor = norm.weight.detach().float().clone()
         self._vectors.append((norm, vector))
         return vector.data_ptr()
 

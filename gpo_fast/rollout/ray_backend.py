@@ -181,7 +181,8 @@ class RayBackend:
     def _collect(self, task: Any, place: int, chunk: _Chunk) -> list[Completion] | None:
         """The completions of a chunk, or None if its actor was lost; a new one has then taken its place."""
         try:
-            return self._ray.get(task)
+            completions: list[Completion] = self._ray.get(task)
+            return completions
         except self._ray.exceptions.RayActorError as error:
             chunk.attempts += 1
             if chunk.attempts >= self.max_losses:

@@ -38,7 +38,7 @@ def stream_key(seed: int, branch: int) -> int:
 def _mix(z: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    return np.bitwise_xor(z, z >> np.uint64(31))
 
 
 def sample(
@@ -59,7 +59,7 @@ def _sample_cpp(
     logits: Tensor, params: Sequence[SamplingParams], uniform: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     logits = logits.float().contiguous()
-    return _C.sample(
+    drawn: tuple[np.ndarray, np.ndarray, np.ndarray] = _C.sample(
         logits.data_ptr(),
         vocabulary=logits.shape[-1],
         temperature=np.array([p.temperature for p in params], dtype=np.float32),
@@ -69,6 +69,7 @@ def _sample_cpp(
         uniform=uniform,
         threads=torch.get_num_threads(),
     )
+    return drawn
 
 
 def sample_torch(

@@ -54,7 +54,7 @@ class GPOConfig(GRPOConfig):
     kv_cache_memory: int | None = _option(None, "Bytes for the rollout engine's KV cache; chosen if not set.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # TRL has none
         if not self.use_gpo:
             return
         if self.num_resets < 2:

@@ -156,7 +156,7 @@ class GPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         _check_types(self)
         try:
-            super().__post_init__()
+            super().__post_init__()  # type: ignore[no-untyped-call]  # transformers has none
         except Exception as error:  # Trainer's own checks raise whatever a bad value runs into
             raise ValueError(f"{error}. Set were: {_changed_fields(self)}") from error
         self.remove_unused_columns = False

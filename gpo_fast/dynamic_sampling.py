@@ -14,7 +14,8 @@ from gpo_fast.rollout.types import Completion
 
 def mixed_groups(rewards: np.ndarray) -> np.ndarray:
     """Which groups of rewards (groups, n) differ within themselves, bool (groups,)."""
-    return np.greater(rewards.max(axis=1), rewards.min(axis=1))
+    mixed: np.ndarray = rewards.max(axis=1) > rewards.min(axis=1)
+    return mixed
 
 
 @dataclass

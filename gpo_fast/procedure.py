@@ -174,7 +174,8 @@ class GuidedSampler:
         self, completions: Sequence[Completion], owner: Sequence[int], examples: Sequence[Example]
     ) -> np.ndarray:
         """What is trained on: the outcomes with the punishment of long completions. float64, shape (n,)."""
-        return np.add(self._outcomes(completions, owner, examples), self._punishment(completions))
+        scores: np.ndarray = self._outcomes(completions, owner, examples) + self._punishment(completions)
+        return scores
 
     def _punishment(self, completions: Sequence[Completion]) -> np.ndarray:
         lengths = [len(c.token_ids) for c in completions]

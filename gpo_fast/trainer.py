@@ -291,7 +291,7 @@ class GPOTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]  # transformers has none
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -588,7 +588,7 @@ class GPOTrainer(Trainer):
                 "title": "gpo-fast run",
                 "model": getattr(self._base_model().config, "_name_or_path", "") or type(self._base_model()).__name__,
                 "algorithm": ("GPO-" if self.args.use_gpo else "") + self.args.loss_type.upper(),
-                "config": {k: v for k, v in self.args.to_dict().items() if k in _own_fields()},
+                "config": {k: v for k, v in self.args.to_dict().items() if k in _own_fields()},  # type: ignore[no-untyped-call]
                 "versions": {
                     "gpo-fast": gpo_fast.__version__,
                     "torch": torch.__version__,

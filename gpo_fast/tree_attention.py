@@ -67,7 +67,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeShape, s
     if query.shape[0] != tree.subtree_end.shape[0]:
         raise ValueError(f"the tree has {tree.subtree_end.shape[0]} tokens, the query {query.shape[0]}")
     if query.device.type == "cpu":
-        out: Tensor = _BlockAttention.apply(query, key, value, tree, scale)
+        out: Tensor = _BlockAttention.apply(query, key, value, tree, scale)  # type: ignore[no-untyped-call]  # torch has no annotation
         return out
     if query.device.type == "cuda":
         return attend_flex(query, key, value, tree, scale, compiled_flex())

@@ -65,7 +65,8 @@ class SearchProblem:
     def winners(self) -> np.ndarray:
         """The best candidate step of each posterior path; equals are told apart by chance."""
         scores = SCORES[self.criterion](np.diff(self.posterior_paths(), axis=1)[:, : self.num_candidates])
-        return np.argmax(scores + 1e-9 * self.rng.random(scores.shape), axis=1)
+        winners: np.ndarray = np.argmax(scores + 1e-9 * self.rng.random(scores.shape), axis=1)
+        return winners
 
     def scale(self) -> tuple[float, float]:
         """(lowest, highest) reward: what is 0 and 1 to the posterior."""

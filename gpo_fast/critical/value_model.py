@@ -91,4 +91,5 @@ def _beta(mean: float) -> np.ndarray:
 
 
 def _normalised(weights: np.ndarray) -> np.ndarray:
-    return np.divide(weights, weights.sum())
+    normalised: np.ndarray = weights / weights.sum()
+    return normalised

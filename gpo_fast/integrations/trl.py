@@ -81,7 +81,7 @@ class GPOConfig(GRPOConfig):
     kv_cache_memory: int | None = _option(None, "Bytes for the rollout engine's KV cache; chosen if not set.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # TRL has none
         one_of("packing", self.packing, ("tree", "padded"))
         if self.packing == "tree" and not (self.use_rollout_engine and self.use_fused_head):
             raise ValueError(
@@ -211,12 +211,13 @@ class GPOTrainer(GRPOTrainer):
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         # Tree attention stays until the backward pass has run: with gradient checkpointing it runs layers again.
         with ExitStack() as self._attention:
-            return super().training_step(*arguments, **options)
+            loss: torch.Tensor = super().training_step(*arguments, **options)  # type: ignore[no-untyped-call]
+            return loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         nodes = inputs.get("gpo_nodes")
         self._packed_nodes = None if nodes is None else nodes.tolist()
-        loss = super()._compute_loss(model, inputs)
+        loss: torch.Tensor = super()._compute_loss(model, inputs)  # type: ignore[no-untyped-call]
         self._packed_nodes = None
         return loss
 
@@ -231,9 +232,11 @@ class GPOTrainer(GRPOTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         nodes = self._packed_nodes
         if nodes is None:
-            return super()._get_per_token_logps_and_entropies(
+            padded: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+            padded = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **options
             )
+            return padded
         size = batch_size or len(nodes)
         parts = []
         with ExitStack() as no_backward:

@@ -151,7 +151,7 @@ def logprobs_and_entropy(
     )
     # The inputs have their final types: autocast inside would round the float32 logits to its own.
     with torch.autocast(hidden.device.type, enabled=False):
-        logprobs, entropy = LinearLogprob.apply(
+        logprobs, entropy = LinearLogprob.apply(  # type: ignore[no-untyped-call]  # torch has no annotation
             rows, weight, bias, extra, lora_b, flat, _target_rows(rows, flat, row_offsets), options
         )
     return logprobs.reshape(targets.shape), entropy.reshape(hidden.shape[:-1])

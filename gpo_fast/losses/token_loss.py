@@ -54,7 +54,7 @@ def fused_loss(
         max_log_ratio=max_log_ratio,
     )
     arrays = [None if array is None else array.contiguous() for array in (old, ref, advantage, importance, share)]
-    loss: Tensor = _TokenLoss.apply(new.contiguous(), *arrays, numbers)
+    loss: Tensor = _TokenLoss.apply(new.contiguous(), *arrays, numbers)  # type: ignore[no-untyped-call]  # torch has no annotation
     return loss
 
 

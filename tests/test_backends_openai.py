@@ -125,12 +125,13 @@ def test_completions_come_in_order_with_their_tokens(server: FakeServer, style: 
         assert c.finish_reason == "stop"
 
 
-def test_options_that_are_off_are_not_sent(server: FakeServer) -> None:
+def test_filters_that_are_off_are_said_to_be_off(server: FakeServer) -> None:
     sampling = SamplingParams(temperature=0.5, top_k=5, stop=("\n",), stop_token_ids=(7,), max_tokens=4)
     drawn = backend(server).generate([Request([3], 1), Request([4], 1, sampling)])
     bodies = {tuple(b["prompt"]): b for b in server.bodies}
     plain, full = bodies[(3,)], bodies[(4,)]
-    assert not {"top_k", "top_p", "min_p", "stop", "stop_token_ids", "ignore_eos"} & set(plain)
+    assert (plain["top_k"], plain["top_p"], plain["min_p"]) == (1 << 30, 1.0, 0.0)
+    assert not {"stop", "stop_token_ids", "ignore_eos"} & set(plain)
     assert (full["top_k"], full["stop"], full["stop_token_ids"], full["max_tokens"]) == (5, ["\n"], [7], 4)
     assert drawn[1].logprobs[0] == -0.5
     assert math.isnan(drawn[1].sampling_logprobs[0]), "raw logprobs are not those of a filtered distribution"
@@ -188,6 +189,17 @@ def test_a_search_runs_on_it(server: FakeServer) -> None:
     finder = CriticalStepFinder(engine, lambda found: [float(c.token_ids[-2] % 2) for c in found])
     found = finder.find([trajectory])[0]
     assert 0 <= found.index < len(found.steps)
+
+
+def test_extra_fields_are_sent_and_a_requests_own_win(server: FakeServer) -> None:
+    one = backend(server, mode="text", extra_body={"top_k": 0, "user": "me"})
+    one.generate([Request([3], 1), Request([4], 1, SamplingParams(top_k=5))])
+    bodies = {b["prompt"]: b for b in server.bodies}
+    texts = [tiny.tokenizer().decode([t]) for t in (3, 4)]
+    assert [(bodies[t]["top_k"], bodies[t]["user"], "min_p" in bodies[t]) for t in texts] == [
+        (0, "me", False),
+        (5, "me", False),
+    ]
 
 
 @pytest.mark.slow

@@ -7,8 +7,11 @@ Two ways of talking to a server:
 
 - `mode="tokens"`: prompts go out as token ids and token ids come back (vLLM's `return_token_ids`, llama.cpp's
   `return_tokens`, or token ids within `logprobs`). Exact, and the default.
-- `mode="text"`: prompts and completions travel as text (`transformers serve` takes nothing else). A prompt whose text
-  does not tokenize back to the same ids is refused; logprobs are NaN.
+- `mode="text"`: prompts and completions travel as text (`transformers serve` and llama-cpp-python's server take
+  nothing else). A prompt whose text does not tokenize back to the same ids is refused; logprobs are NaN.
+
+A server samples an option that it is not told with a default of its own: llama.cpp among the 40 likeliest tokens,
+vLLM as the model's generation_config.json says. So filters that are off are sent as well.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ Branch = tuple[int, int]  # request index, branch index
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 LONGEST_WAIT = 30.0  # seconds between two attempts
+EVERY_TOKEN = 1 << 30  # as top_k: servers disagree on whether 0 or -1 is "off", but cut this to the vocabulary
 
 
 class ServerError(RuntimeError):
@@ -68,6 +72,9 @@ class OpenAIBackend:
             with waits that double from `backoff` seconds.
         logprobs: what the server's logprobs are: "raw" (of the model at temperature 1, vLLM's default) or
             "processed" (of the distribution that was sampled from). The other kind is NaN, unless the two are equal.
+        extra_body: further fields of every request. In mode "text" filters that are off (top_k, min_p) are not sent,
+            because `transformers serve` refuses them; tell other servers here that they are off:
+            `{"top_k": 0, "min_p": 0.0}` for llama-cpp-python.
         max_length: the model's context in tokens.
         sync_weights: called by `update_weights`; must load the trained weights into the server.
         seed: first of the seeds that requests without one get.
@@ -86,6 +93,7 @@ class OpenAIBackend:
         max_retries: int = 4,
         backoff: float = 0.5,
         logprobs: Literal["raw", "processed"] = "raw",
+        extra_body: dict[str, Any] | None = None,
         max_length: int = 1 << 30,
         sync_weights: Callable[[], None] | None = None,
         seed: int = 0,
@@ -110,6 +118,7 @@ class OpenAIBackend:
         self.max_retries = max_retries
         self.backoff = backoff
         self.logprobs = logprobs
+        self.extra_body = dict(extra_body or {})
         self.max_length = max_length
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
@@ -202,22 +211,26 @@ class OpenAIBackend:
         )
 
     def _body(self, prompt: Any, sampling: SamplingParams, seed: int, branch: int) -> dict[str, Any]:
-        """The request; options that are off are left out, so that a strict server takes it."""
+        """The request."""
         if self.mode == "text" and (sampling.stop or sampling.stop_token_ids):
             raise ValueError("stop strings and stop tokens need mode='tokens': text does not say which token ended it")
         body: dict[str, Any] = {
+            **self.extra_body,
             "model": self.model,
             "prompt": prompt,
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
             "seed": stream_key(seed, branch) & 0x7FFFFFFF,
         }
         if self.mode == "tokens":
             body |= {"logprobs": 1, "return_token_ids": True, "return_tokens_as_token_ids": True, "return_tokens": True}
-        off = SamplingParams()
-        for name in ("top_p", "top_k", "min_p", "ignore_eos"):
-            if getattr(sampling, name) != getattr(off, name):
-                body[name] = getattr(sampling, name)
+        if self.mode == "tokens" or sampling.top_k:
+            body["top_k"] = sampling.top_k or EVERY_TOKEN
+        if self.mode == "tokens" or sampling.min_p:
+            body["min_p"] = sampling.min_p
+        if sampling.ignore_eos:
+            body["ignore_eos"] = True
         if sampling.stop:
             body |= {"stop": list(sampling.stop), "include_stop_str_in_output": True}
         if sampling.stop_token_ids:

@@ -71,7 +71,7 @@ def greedy_cases(kind: str) -> tuple[list[Request], list[list[int]]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kernels", ["avx512", "avx2", "portable", "the model's own modules"])
+@pytest.mark.parametrize("kernels", ["amx", "avx512", "avx2", "portable", "the model's own modules"])
 def test_each_forward_pass_equals_generate(kind: str, kernels: str) -> None:
     best = _C.cpu_kernels()
     modules = kernels == "the model's own modules"

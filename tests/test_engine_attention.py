@@ -15,7 +15,7 @@ from gpo_fast.rollout.segments import Segments, chunk_segment, concatenate, priv
 BEST = _C.cpu_kernels()
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     try:
         _C.use_cpu_kernels(request.param)

@@ -56,9 +56,9 @@ void Decoder::norm_row(const float* x, const float* weight, int64_t row) {
     normed_.publish(row, 0, width_);
 }
 
-// From the row's q, k, v: norms and rotary positions, scaled queries, keys and values into the pool.
+// In the row's q, k, v: norms and rotary positions; keys and values into the pool.
 void Decoder::project_heads(const DecoderLayer& layer, const DecoderBatch& batch, const AttentionShape& shape,
-                            int64_t padded, int64_t row) {
+                            int64_t row) {
     const int64_t dim = shape.head_dim, heads = shape.num_heads, kv_heads = shape.num_kv_heads;
     float* q = qkv_.data() + row * layer.qkv.outputs;
     float* k = q + heads * dim;
@@ -70,9 +70,6 @@ void Decoder::project_heads(const DecoderLayer& layer, const DecoderBatch& batch
         if (norm) kernels().rms_norm(head, norm, dim, epsilon_, is_bfloat16_, head);
         kernels().rotate(head, batch.cos + row * dim, batch.sin + row * dim, dim, is_bfloat16_);
     }
-    float* scaled = queries_.data() + row * heads * padded;
-    for (int64_t h = 0; h < heads; ++h)
-        for (int64_t d = 0; d < dim; ++d) scaled[h * padded + d] = q[h * dim + d] * shape.scale;
     const int64_t count = kv_heads * dim, slot = batch.slots[row] * count;
     if (is_bfloat16_) {
         kernels().narrow(k, count, static_cast<uint16_t*>(layer.keys) + slot);
@@ -87,17 +84,16 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
     const AttentionShape& shape = plan.shape();
     const bool narrow = is_bfloat16_ && kernels().needs_narrow;
     const int64_t rows = batch.rows, heads_width = static_cast<int64_t>(shape.num_heads) * shape.head_dim;
-    const int64_t padded = plan.padded();
     const int64_t qkv_width = layers_[0].qkv.outputs, inner = layers_[0].gate.outputs;
     normed_.shape(std::max(rows, batch.num_selected), width_, narrow);
     attended_.shape(rows, heads_width, narrow);
     activated_.shape(rows, inner, narrow);
     qkv_.resize(rows * qkv_width);
-    queries_.assign(rows * shape.num_heads * padded, 0.0f);
 
     Barrier barrier(threads);
     Tasks tasks[2];  // of this phase and of the next
     run_parallel(threads, [&](int thread) {
+        const KernelScope scope;
         std::vector<float> first(kMostRows * kPanelColumns), second(kMostRows * kPanelColumns);
         int phase = 0;
         // All of `count` tasks, then wait for the other threads.
@@ -138,9 +134,9 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
                     std::memcpy(qkv_.data() + (row + i) * qkv_width + column, first.data() + i * kPanelColumns,
                                 columns * sizeof(float));
             });
-            each(rows, [&](int64_t row) { project_heads(layer, batch, shape, padded, row); });
+            each(rows, [&](int64_t row) { project_heads(layer, batch, shape, row); });
             each(plan.num_pieces(),
-                 [&](int64_t piece) { plan.attend(piece, queries_.data(), layer.keys, layer.values); });
+                 [&](int64_t piece) { plan.attend(piece, qkv_.data(), qkv_width, layer.keys, layer.values); });
             each(rows, [&](int64_t row) {
                 plan.merge(row, attended_.row(row));
                 if (is_bfloat16_) kernels().round_values(attended_.row(row), heads_width);

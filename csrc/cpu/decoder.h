@@ -66,8 +66,7 @@ class Decoder {
         void publish(int64_t i, int64_t first, int64_t count);
     };
     void norm_row(const float* x, const float* weight, int64_t row);
-    void project_heads(const DecoderLayer& layer, const DecoderBatch& batch, const AttentionShape& shape,
-                       int64_t padded, int64_t row);
+    void project_heads(const DecoderLayer& layer, const DecoderBatch& batch, const AttentionShape& shape, int64_t row);
     void tile(const PackedLinear& linear, Rows& left, int64_t panel, int64_t row, int64_t rows, float* out) const;
 
     const int64_t width_;
@@ -77,7 +76,7 @@ class Decoder {
     const float* final_norm_ = nullptr;
     PackedLinear head_;
     Rows normed_, attended_, activated_;
-    std::vector<float> qkv_, queries_;
+    std::vector<float> qkv_;
 };
 
 }  // namespace gpo_fast::cpu

@@ -10,17 +10,37 @@ namespace gpo_fast::cpu {
 
 namespace {
 
-constexpr int64_t kMostRows = 96;  // rows of a task: their left operand stays in the second cache
-constexpr int64_t kTileRows = 6;   // what the kernels take together
+constexpr int64_t kMostRows = 192;     // rows of a task: their left operand stays in the second cache ...
+constexpr int64_t kMostWideRows = 96;  // ... also where it is float32
+constexpr int64_t kTileRows = 16;      // a multiple of what kernels take together, or nearly so
 
-int64_t num_panels(int64_t outputs) { return (outputs + kPanelColumns - 1) / kPanelColumns; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Half of a small batch, so that two threads have equal work whatever the number of panels.
-int64_t rows_of_a_task(int64_t rows) {
-    if (rows <= 2 * kTileRows) return rows;
-    const int64_t half = (rows + 1) / 2;
-    return std::min(kMostRows, (half + kTileRows - 1) / kTileRows * kTileRows);
-}
+int64_t num_panels(int64_t outputs) { return ceil_div(outputs, kPanelColumns); }
+
+// A product as tasks of one panel and a block of rows. Where a block holds all rows, one thread reads a panel from
+// memory for all of them; the panels left over when the threads have had equally many are cut, a block for each thread.
+struct ProductTasks {
+    int64_t rows, block, blocks, whole, cut, cut_block, cut_blocks;
+
+    ProductTasks(int64_t num_rows, int64_t panels, int64_t most_rows, int threads)
+        : rows(num_rows), block(std::min(num_rows, most_rows)), blocks(ceil_div(num_rows, block)) {
+        cut = blocks == 1 && rows > kTileRows ? panels % threads : 0;
+        whole = panels - cut;
+        cut_block = ceil_div(ceil_div(rows, threads), kTileRows) * kTileRows;
+        cut_blocks = ceil_div(rows, cut_block);
+    }
+    int64_t count() const { return whole * blocks + cut * cut_blocks; }
+    // work(first row, rows, panel)
+    template <typename Work>
+    void run(int64_t task, const Work& work) const {
+        const bool is_whole = task < whole * blocks;
+        const int64_t size = is_whole ? block : cut_block, number = is_whole ? blocks : cut_blocks;
+        const int64_t within = is_whole ? task : task - whole * blocks;
+        const int64_t row = within % number * size;
+        work(row, std::min(size, rows - row), (is_whole ? 0 : whole) + within / number);
+    }
+};
 
 }  // namespace
 
@@ -106,11 +126,8 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
         };
         // out(row, rows, panel) for every block of rows and every panel.
         const auto each_tile = [&](int64_t num_rows, int64_t panels, const auto& work) {
-            const int64_t block = rows_of_a_task(num_rows), blocks = (num_rows + block - 1) / block;
-            each(panels * blocks, [&](int64_t task) {
-                const int64_t row = task % blocks * block;
-                work(row, std::min(block, num_rows - row), task / blocks);
-            });
+            const ProductTasks product(num_rows, panels, narrow ? kMostRows : kMostWideRows, threads);
+            each(product.count(), [&](int64_t task) { product.run(task, work); });
         };
         // x += left W, the product rounded first.
         const auto add_product = [&](const PackedLinear& linear, Rows& left) {

@@ -56,13 +56,14 @@ struct PieceArrays {
     pair* weights;    // [keys / 2, rows]
     bf16* values;     // [dim, keys]: the values as columns
     float* sums;      // [dim, rows]
+    int64_t* places;  // [keys]: see find_keys
 
     PieceArrays(const AttentionPiece& piece, Scratch& scratch)
         : rows(static_cast<int64_t>(round_up(piece.rows, 16))),
           keys(static_cast<int64_t>(round_up(piece.count, kKeyBlock))),
           dim(static_cast<int64_t>(round_up(piece.dim, 32))) {
         char* at = static_cast<char*>(scratch.take(2 * dim * rows + 2 * kKeyBlock * dim + 4 * keys * rows +
-                                                   2 * keys * rows + 2 * dim * keys + 4 * dim * rows));
+                                                   2 * keys * rows + 2 * dim * keys + 4 * dim * rows + 8 * keys));
         const auto next = [&at](std::size_t bytes) { return std::exchange(at, at + bytes); };
         queries = reinterpret_cast<pair*>(next(2 * dim * rows));
         key_block = reinterpret_cast<bf16*>(next(2 * kKeyBlock * dim));
@@ -70,6 +71,7 @@ struct PieceArrays {
         weights = reinterpret_cast<pair*>(next(2 * keys * rows));
         values = reinterpret_cast<bf16*>(next(2 * dim * keys));
         sums = reinterpret_cast<float*>(next(4 * dim * rows));
+        places = reinterpret_cast<int64_t*>(next(8 * keys));
     }
 };
 
@@ -77,11 +79,18 @@ GPO_AMX inline __mmask16 first_lanes(int64_t count) {
     return count >= 16 ? 0xffff : static_cast<__mmask16>(count <= 0 ? 0 : (1u << count) - 1);
 }
 
-// The elements of key or value number `key` of the piece's page list.
-inline const bf16* row_of(const AttentionPiece& piece, const void* base, int64_t key) {
-    const int64_t slot =
-        static_cast<int64_t>(piece.pages[key / piece.block_size]) * piece.block_size + key % piece.block_size;
-    return static_cast<const bf16*>(base) + slot * piece.slot_stride;
+// Where the piece's keys and values begin, in elements of the pool.
+inline void find_keys(const AttentionPiece& piece, PieceArrays& arrays) {
+    const int32_t* page = piece.pages + piece.first / piece.block_size;
+    for (int64_t t = 0, within = piece.first % piece.block_size; t < piece.count; ++t) {
+        arrays.places[t] = (static_cast<int64_t>(*page) * piece.block_size + within) * piece.slot_stride;
+        if (++within == piece.block_size) within = 0, ++page;
+    }
+}
+
+// The pool is read in short stretches, which the hardware does not foresee.
+GPO_AMX inline void prefetch_row(const bf16* row, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 32) _mm_prefetch(reinterpret_cast<const char*>(row + d), _MM_HINT_T0);
 }
 
 // The queries as a right operand: pairs of head dimensions down, rows across.
@@ -142,7 +151,11 @@ GPO_AMX inline void multiply_blocks(const bf16* a, int64_t lda, const pair* b, i
 GPO_AMX inline void score_keys(const AttentionPiece& piece, PieceArrays& arrays) {
     for (int64_t start = 0; start < arrays.keys; start += kKeyBlock) {
         for (int64_t i = 0; i < kKeyBlock && start + i < piece.count; ++i) {
-            const bf16* from = row_of(piece, piece.keys, piece.first + start + i);
+            const bf16* from = static_cast<const bf16*>(piece.keys) + arrays.places[start + i];
+            prefetch_row(static_cast<const bf16*>(piece.values) + arrays.places[start + i], piece.dim);
+            if (start + i + kKeyBlock < piece.count) {
+                prefetch_row(static_cast<const bf16*>(piece.keys) + arrays.places[start + i + kKeyBlock], piece.dim);
+            }
             for (int64_t d = 0; d < arrays.dim; d += 32) {
                 const int64_t left = std::min<int64_t>(32, piece.dim - d);
                 const __mmask32 inside = left == 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
@@ -213,7 +226,8 @@ GPO_AMX inline void transpose_values(const AttentionPiece& piece, PieceArrays& a
     for (int64_t start = 0; start < arrays.keys; start += kKeyBlock) {
         const bf16* rows[kKeyBlock];
         for (int64_t i = 0; i < kKeyBlock; ++i)
-            rows[i] = start + i < piece.count ? row_of(piece, piece.values, piece.first + start + i) : nullptr;
+            rows[i] =
+                start + i < piece.count ? static_cast<const bf16*>(piece.values) + arrays.places[start + i] : nullptr;
         for (int64_t d = 0; d < arrays.dim; d += 16) {
             const __mmask16 inside = first_lanes(piece.dim - d);
             const auto wide = [&](int64_t i) GPO_AMX {
@@ -246,6 +260,7 @@ GPO_AMX inline void store_sums(const AttentionPiece& piece, const PieceArrays& a
 GPO_AMX inline void attend_bfloat16(const AttentionPiece& piece) {
     static thread_local Scratch scratch;
     PieceArrays arrays(piece, scratch);
+    find_keys(piece, arrays);
     pack_queries(piece, arrays);
     score_keys(piece, arrays);
     if (piece.softcap > 0) cap_scores(piece, arrays);

@@ -44,6 +44,23 @@ struct ProductTasks {
 
 }  // namespace
 
+void pack_panels(const uint32_t* weight, int64_t outputs, int64_t words, uint32_t* panels, int threads) {
+    constexpr int64_t kBlock = 16;  // words of a cache line
+    Tasks tasks;
+    run_parallel(threads, [&](int) {
+        int64_t panel;
+        while (tasks.take(num_panels(outputs), panel)) {
+            const int64_t first = panel * kPanelColumns, rows = std::min<int64_t>(kPanelColumns, outputs - first);
+            uint32_t* to = panels + first * words;
+            if (rows < kPanelColumns) std::fill_n(to, words * kPanelColumns, 0u);
+            for (int64_t start = 0; start < words; start += kBlock)
+                for (int64_t word = start; word < std::min(words, start + kBlock); ++word)
+                    for (int64_t row = 0; row < rows; ++row)
+                        to[word * kPanelColumns + row] = weight[(first + row) * words + word];
+        }
+    });
+}
+
 void Decoder::Rows::shape(int64_t rows, int64_t row_width, bool with_narrow) {
     width = row_width;
     values.resize(rows * row_width);

@@ -21,6 +21,10 @@ struct PackedLinear {
     int64_t inputs = 0, outputs = 0;
 };
 
+// weight [outputs, words] in panels [words, 64] each, words of 32 bits: one float32, or two bfloat16 inputs. What is
+// missing of the last panel is zero.
+void pack_panels(const uint32_t* weight, int64_t outputs, int64_t words, uint32_t* panels, int threads);
+
 struct DecoderLayer {
     const float* input_norm;      // [width]
     const float* attention_norm;  // [width], before the feed-forward block

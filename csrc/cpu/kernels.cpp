@@ -7,15 +7,15 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/amx.h"
-#include "cpu/amx_attention.h"
-#include "cpu/linear_logprob_gemm.h"
-
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inline functions of this file only
 // GCC 12 warns about its own `_mm512_undefined_ps` wherever it inlines the intrinsics that use it.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
+
+#include "cpu/amx.h"
+#include "cpu/amx_attention.h"
+#include "cpu/linear_logprob_gemm.h"
 
 #define GPO_TABLE(NAME, NEEDS_NARROW)                                                          \
     const Kernels kTable{NAME,  nothing, nothing,      multiply, multiply_panel, NEEDS_NARROW, \

@@ -42,22 +42,18 @@ class Packed:
     def pack(self) -> None:
         """Copies the modules' weights as they are now."""
         weights, biases = zip(*(merged_weight(m) for m in self.modules))
-        weight = torch.cat(weights).to(self.panels.dtype)
-        whole = self.outputs // PANEL
-        self._write(self.panels[:whole], weight[: whole * PANEL])
-        if whole < len(self.panels):
-            rest = torch.zeros(PANEL, self.inputs, dtype=weight.dtype)
-            rest[: self.outputs - whole * PANEL] = weight[whole * PANEL :]
-            self._write(self.panels[whole:], rest)
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        weight = weight.to(self.panels.dtype).contiguous()
+        _C.pack_panels(
+            weight=weight.data_ptr(),
+            outputs=self.outputs,
+            words=self.inputs * weight.itemsize // 4,
+            panels=self.panels.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
         if self.bias is not None:
             parts = [torch.zeros(len(w)) if b is None else b for w, b in zip(weights, biases)]
             self.bias.copy_(torch.cat(parts))
-
-    def _write(self, panels: Tensor, weight: Tensor) -> None:
-        if panels.dim() == 4:
-            panels.copy_(weight.view(-1, PANEL, self.inputs // 2, 2).transpose(1, 2))
-        else:
-            panels.copy_(weight.view(-1, PANEL, self.inputs).transpose(1, 2))
 
     def arguments(self) -> tuple[int, int, int, int]:
         """What the C++ side takes: (panels, bias or 0, inputs, outputs)."""

@@ -127,6 +127,15 @@ void bind_rollout(py::module_& module) {
     module.def("cpu_kernels", [] { return kernels().name; }, "The instruction set of the CPU kernels in use.");
     module.def("use_cpu_kernels", &use_kernels, py::arg("name").none(false),
                "Chooses 'avx512', 'avx2' or 'portable' kernels.");
+    module.def(
+        "pack_panels",
+        [](uintptr_t weight, int64_t outputs, int64_t words, uintptr_t panels, int threads) {
+            py::gil_scoped_release release;
+            pack_panels(reinterpret_cast<const uint32_t*>(weight), outputs, words, reinterpret_cast<uint32_t*>(panels),
+                        threads);
+        },
+        "A weight [outputs, words] of 32-bit words, by data pointer, in panels of 64 outputs [panels, words, 64].",
+        py::kw_only(), py::arg("weight"), py::arg("outputs"), py::arg("words"), py::arg("panels"), py::arg("threads"));
     bind_attention(module);
     bind_decoder(module);
     module.def(

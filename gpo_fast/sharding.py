@@ -68,7 +68,8 @@ def anchor(hidden: Tensor, head: nn.Module) -> Tensor:
     The losses take the head's weight without a call of the head, at which its parameters would be gathered. And the
     same parameters must have a gradient on each process, if only 0, or the sums over the processes do not fit.
     """
-    return 0.0 * head(hidden[:1]).float().sum()
+    logits: Tensor = head(hidden[:1])
+    return 0.0 * logits.float().sum()
 
 
 def idle_batch(device: torch.device | str) -> TrainingBatch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -21,7 +23,23 @@ MODELS: dict[str, dict[str, Any]] = {  # head sizes 32 to 256, 1 to 8 query head
     "gemma": {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
     "olmo2": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4},
 }
+FORWARD_PASSES = ["amx", "avx512", "avx2", "portable", "the model's own modules"]
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+@contextmanager
+def forward_pass(kernels: str) -> Iterator[bool]:
+    """Chooses the CPU kernels, or skips the test; gives the engine's `fast_forward`."""
+    best = _C.cpu_kernels()
+    try:
+        if kernels in FORWARD_PASSES[:-1]:
+            _C.use_cpu_kernels(kernels)
+    except ValueError:
+        pytest.skip(f"this machine has no {kernels}")
+    try:
+        yield kernels in FORWARD_PASSES[:-1]
+    finally:
+        _C.use_cpu_kernels(best)
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -71,21 +89,12 @@ def greedy_cases(kind: str) -> tuple[list[Request], list[list[int]]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kernels", ["avx512", "avx2", "portable", "the model's own modules"])
+@pytest.mark.parametrize("kernels", FORWARD_PASSES)
 def test_each_forward_pass_equals_generate(kind: str, kernels: str) -> None:
-    best = _C.cpu_kernels()
-    modules = kernels == "the model's own modules"
-    try:
-        if not modules:
-            _C.use_cpu_kernels(kernels)
-    except ValueError:
-        pytest.skip(f"this machine has no {kernels}")
-    try:
-        engine = RolloutEngine(tiny.model(kind, seed=3, **MODELS[kind]), tiny.tokenizer(), fast_forward=not modules)
+    with forward_pass(kernels) as fast_forward:
+        engine = RolloutEngine(tiny.model(kind, seed=3, **MODELS[kind]), tiny.tokenizer(), fast_forward=fast_forward)
         requests, expected = greedy_cases(kind)
         assert [c.token_ids for c in engine.generate(requests)] == expected
-    finally:
-        _C.use_cpu_kernels(best)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,15 +132,16 @@ def test_logprobs_equal_teacher_forcing(kind: str) -> None:
         assert (own - teacher_forced(model, completion)).abs().mean() <= 1e-5
 
 
-@pytest.mark.parametrize("fast_forward", [True, False])
+@pytest.mark.parametrize("kernels", FORWARD_PASSES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_logprobs_are_as_near_the_truth_as_teacher_forcing(kind: str, fast_forward: bool) -> None:
+def test_bfloat16_logprobs_are_as_near_the_truth_as_teacher_forcing(kind: str, kernels: str) -> None:
     for initializer_range in (0.02, 0.1):  # the libraries' default, and weights that make sharper distributions
         changes = {**MODELS[kind], "initializer_range": initializer_range}
         model = tiny.model(kind, seed=1, **changes).to(torch.bfloat16)
         exact = tiny.model(kind, seed=1, **changes).to(torch.bfloat16).float()
-        engine = RolloutEngine(model, tiny.tokenizer(), fast_forward=fast_forward)
-        drawn = engine.generate([Request(p, n=3, sampling=SamplingParams(max_tokens=30)) for p in prompts(5)])
+        with forward_pass(kernels) as fast_forward:
+            engine = RolloutEngine(model, tiny.tokenizer(), fast_forward=fast_forward)
+            drawn = engine.generate([Request(p, n=3, sampling=SamplingParams(max_tokens=30)) for p in prompts(5)])
         own = torch.cat([torch.tensor(c.logprobs) for c in drawn])
         forced = torch.cat([unrounded_head(model, c) for c in drawn])
         truth = torch.cat([unrounded_head(exact, c) for c in drawn])

@@ -10,12 +10,14 @@ import torch
 
 from gpo_fast import _C
 from gpo_fast.rollout.attention import KVPool, PagedBatch, attend_cpp, attend_gathered
+from gpo_fast.rollout.memory import Arena
+from gpo_fast.rollout.packed import Packed
 from gpo_fast.rollout.segments import Segments, chunk_segment, concatenate, private_segments, shared_segments
 
 BEST = _C.cpu_kernels()
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     try:
         _C.use_cpu_kernels(request.param)
@@ -131,3 +133,15 @@ def test_segments_that_do_not_fit_are_refused() -> None:
     segments = chunk_segment(np.array([0]), 0, 0, 5)  # five keys in one page of four
     with pytest.raises(ValueError, match="keys beyond its pages"):
         PagedBatch(pool, torch.empty(5, dtype=torch.int64), segments).plan(2, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 34), (200, 96), (10, 2)])
+def test_packed_panels_hold_the_weight(dtype: torch.dtype, outputs: int, inputs: int) -> None:
+    linear = torch.nn.Linear(inputs, outputs, dtype=dtype)
+    packed = Packed([linear], dtype, Arena(block_bytes=1000))
+    pairs = 2 if dtype == torch.bfloat16 else 1
+    panels = packed.panels.view(-1, inputs // pairs, 64, pairs)
+    whole = panels.transpose(1, 2).reshape(-1, inputs)
+    assert torch.equal(whole[:outputs], linear.weight)
+    assert not whole[outputs:].any()

@@ -66,9 +66,18 @@ namespace amx {
 // gcc's tile intrinsics do not tell the compiler that they read memory.
 inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
-// c (17 to 32, 32) = or += a (.., 32 steps) b, b being half of a panel.
+// Asks for the whole width of a panel two steps ahead of `rows`. Tiles are loaded in lines that the hardware does not
+// foresee: a panel that comes from memory is read a fifth faster this way.
+GPO_AMX inline void prefetch(const pair* rows) {
+    const char* ahead = reinterpret_cast<const char*>(rows + 2 * kAmxPairs * kPanel);
+#pragma GCC unroll 64
+    for (std::size_t line = 0; line < kAmxPairs * kPanel * sizeof(pair); line += 64)
+        _mm_prefetch(ahead + line, _MM_HINT_T0);
+}
+
+// c (17 to 32, 32) = or += a (.., 32 steps) b, b being half of a panel; `ahead`: prefetch the panel.
 GPO_AMX inline void tall_block(const bf16* a, std::size_t lda, const pair* b, std::size_t steps, float* c,
-                               std::size_t ldc, bool accumulate) {
+                               std::size_t ldc, bool accumulate, bool ahead) {
     const std::size_t a_bytes = lda * sizeof(bf16), b_bytes = kPanel * sizeof(pair), c_bytes = ldc * sizeof(float);
     finish_stores();
     if (accumulate) {
@@ -83,6 +92,7 @@ GPO_AMX inline void tall_block(const bf16* a, std::size_t lda, const pair* b, st
         _tile_zero(3);
     }
     for (std::size_t step = 0; step < steps; ++step) {
+        if (ahead) prefetch(b + step * kAmxPairs * kPanel);
         _tile_loadd(6, b + step * kAmxPairs * kPanel, b_bytes);
         _tile_loadd(4, a + step * 2 * kAmxPairs, a_bytes);
         _tile_dpbf16ps(0, 4, 6);
@@ -100,7 +110,7 @@ GPO_AMX inline void tall_block(const bf16* a, std::size_t lda, const pair* b, st
 
 // c (1 to 16, 64) = or += a (.., 32 steps) b, b being a whole panel.
 GPO_AMX inline void flat_block(const bf16* a, std::size_t lda, const pair* b, std::size_t steps, float* c,
-                               std::size_t ldc, bool accumulate) {
+                               std::size_t ldc, bool accumulate, bool ahead) {
     const std::size_t a_bytes = lda * sizeof(bf16), b_bytes = kPanel * sizeof(pair), c_bytes = ldc * sizeof(float);
     finish_stores();
     if (accumulate) {
@@ -116,6 +126,7 @@ GPO_AMX inline void flat_block(const bf16* a, std::size_t lda, const pair* b, st
     }
     for (std::size_t step = 0; step < steps; ++step) {
         const pair* rows = b + step * kAmxPairs * kPanel;
+        if (ahead) prefetch(rows);
         _tile_loadd(4, a + step * 2 * kAmxPairs, a_bytes);
         _tile_loadd(5, rows, b_bytes);
         _tile_dpbf16ps(0, 4, 5);
@@ -135,15 +146,17 @@ GPO_AMX inline void flat_block(const bf16* a, std::size_t lda, const pair* b, st
 }  // namespace amx
 
 // c (rows, 64) = or += a (rows, 2 pairs) times one packed panel (pairs, 64). What is left of `pairs` after whole
-// tiles is added by `vdpbf16ps`: nothing is read beyond the operands.
+// tiles is added by `vdpbf16ps`: nothing is read beyond the operands. `ahead`: the panel is not in a cache yet.
 GPO_AMX inline void amx_multiply_panel(const bf16* a, std::size_t lda, std::size_t rows, const pair* panel,
-                                       std::size_t pairs, float* c, std::size_t ldc, bool accumulate) {
+                                       std::size_t pairs, float* c, std::size_t ldc, bool accumulate,
+                                       bool ahead = false) {
     const std::size_t steps = pairs / kAmxPairs, done = steps * kAmxPairs;
     if (steps > 0) {
         const std::size_t whole = rows / kAmxRows * kAmxRows, rest = rows - whole;
         for (std::size_t half = 0; half < kPanel; half += 32)
             for (std::size_t i = 0; i < whole; i += kAmxRows)
-                amx::tall_block(a + i * lda, lda, panel + half, steps, c + i * ldc + half, ldc, accumulate);
+                amx::tall_block(a + i * lda, lda, panel + half, steps, c + i * ldc + half, ldc, accumulate,
+                                ahead && half == 0 && i == 0);
         if (rest > 0) {
             const bf16* last = a + whole * lda;
             float* out = c + whole * ldc;
@@ -151,12 +164,13 @@ GPO_AMX inline void amx_multiply_panel(const bf16* a, std::size_t lda, std::size
             if (rest <= 16) {
                 for (int tile = 0; tile <= 4; ++tile) fewer.rows[tile] = static_cast<std::uint8_t>(rest);
                 AmxTiles::set_up(fewer);
-                amx::flat_block(last, lda, panel, steps, out, ldc, accumulate);
+                amx::flat_block(last, lda, panel, steps, out, ldc, accumulate, ahead && whole == 0);
             } else {
                 for (const int tile : {2, 3, 5}) fewer.rows[tile] = static_cast<std::uint8_t>(rest - 16);
                 AmxTiles::set_up(fewer);
                 for (std::size_t half = 0; half < kPanel; half += 32)
-                    amx::tall_block(last, lda, panel + half, steps, out + half, ldc, accumulate);
+                    amx::tall_block(last, lda, panel + half, steps, out + half, ldc, accumulate,
+                                    ahead && half == 0 && whole == 0);
             }
             AmxTiles::set_up(AmxConfiguration{});
         }

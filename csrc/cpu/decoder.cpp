@@ -10,19 +10,56 @@ namespace gpo_fast::cpu {
 
 namespace {
 
-constexpr int64_t kMostRows = 96;  // rows of a task: their left operand stays in the second cache
-constexpr int64_t kTileRows = 6;   // what the kernels take together
+constexpr int64_t kMostRows = 192;     // rows of a task: their left operand stays in the second cache ...
+constexpr int64_t kMostWideRows = 96;  // ... also where it is float32
+constexpr int64_t kTileRows = 16;      // a multiple of what kernels take together, or nearly so
 
-int64_t num_panels(int64_t outputs) { return (outputs + kPanelColumns - 1) / kPanelColumns; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Half of a small batch, so that two threads have equal work whatever the number of panels.
-int64_t rows_of_a_task(int64_t rows) {
-    if (rows <= 2 * kTileRows) return rows;
-    const int64_t half = (rows + 1) / 2;
-    return std::min(kMostRows, (half + kTileRows - 1) / kTileRows * kTileRows);
-}
+int64_t num_panels(int64_t outputs) { return ceil_div(outputs, kPanelColumns); }
+
+// A product as tasks of one panel and a block of rows. Where a block holds all rows, one thread reads a panel from
+// memory for all of them; the panels left over when the threads have had equally many are cut, a block for each thread.
+struct ProductTasks {
+    int64_t rows, block, blocks, whole, cut, cut_block, cut_blocks;
+
+    ProductTasks(int64_t num_rows, int64_t panels, int64_t most_rows, int threads)
+        : rows(num_rows), block(std::min(num_rows, most_rows)), blocks(ceil_div(num_rows, block)) {
+        cut = blocks == 1 && rows > kTileRows ? panels % threads : 0;
+        whole = panels - cut;
+        cut_block = ceil_div(ceil_div(rows, threads), kTileRows) * kTileRows;
+        cut_blocks = ceil_div(rows, cut_block);
+    }
+    int64_t count() const { return whole * blocks + cut * cut_blocks; }
+    // work(first row, rows, panel)
+    template <typename Work>
+    void run(int64_t task, const Work& work) const {
+        const bool is_whole = task < whole * blocks;
+        const int64_t size = is_whole ? block : cut_block, number = is_whole ? blocks : cut_blocks;
+        const int64_t within = is_whole ? task : task - whole * blocks;
+        const int64_t row = within % number * size;
+        work(row, std::min(size, rows - row), (is_whole ? 0 : whole) + within / number);
+    }
+};
 
 }  // namespace
+
+void pack_panels(const uint32_t* weight, int64_t outputs, int64_t words, uint32_t* panels, int threads) {
+    constexpr int64_t kBlock = 16;  // words of a cache line
+    Tasks tasks;
+    run_parallel(threads, [&](int) {
+        int64_t panel;
+        while (tasks.take(num_panels(outputs), panel)) {
+            const int64_t first = panel * kPanelColumns, rows = std::min<int64_t>(kPanelColumns, outputs - first);
+            uint32_t* to = panels + first * words;
+            if (rows < kPanelColumns) std::fill_n(to, words * kPanelColumns, 0u);
+            for (int64_t start = 0; start < words; start += kBlock)
+                for (int64_t word = start; word < std::min(words, start + kBlock); ++word)
+                    for (int64_t row = 0; row < rows; ++row)
+                        to[word * kPanelColumns + row] = weight[(first + row) * words + word];
+        }
+    });
+}
 
 void Decoder::Rows::shape(int64_t rows, int64_t row_width, bool with_narrow) {
     width = row_width;
@@ -56,9 +93,9 @@ void Decoder::norm_row(const float* x, const float* weight, int64_t row) {
     normed_.publish(row, 0, width_);
 }
 
-// From the row's q, k, v: norms and rotary positions, scaled queries, keys and values into the pool.
+// In the row's q, k, v: norms and rotary positions; keys and values into the pool.
 void Decoder::project_heads(const DecoderLayer& layer, const DecoderBatch& batch, const AttentionShape& shape,
-                            int64_t padded, int64_t row) {
+                            int64_t row) {
     const int64_t dim = shape.head_dim, heads = shape.num_heads, kv_heads = shape.num_kv_heads;
     float* q = qkv_.data() + row * layer.qkv.outputs;
     float* k = q + heads * dim;
@@ -70,9 +107,6 @@ void Decoder::project_heads(const DecoderLayer& layer, const DecoderBatch& batch
         if (norm) kernels().rms_norm(head, norm, dim, epsilon_, is_bfloat16_, head);
         kernels().rotate(head, batch.cos + row * dim, batch.sin + row * dim, dim, is_bfloat16_);
     }
-    float* scaled = queries_.data() + row * heads * padded;
-    for (int64_t h = 0; h < heads; ++h)
-        for (int64_t d = 0; d < dim; ++d) scaled[h * padded + d] = q[h * dim + d] * shape.scale;
     const int64_t count = kv_heads * dim, slot = batch.slots[row] * count;
     if (is_bfloat16_) {
         kernels().narrow(k, count, static_cast<uint16_t*>(layer.keys) + slot);
@@ -87,17 +121,16 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
     const AttentionShape& shape = plan.shape();
     const bool narrow = is_bfloat16_ && kernels().needs_narrow;
     const int64_t rows = batch.rows, heads_width = static_cast<int64_t>(shape.num_heads) * shape.head_dim;
-    const int64_t padded = plan.padded();
     const int64_t qkv_width = layers_[0].qkv.outputs, inner = layers_[0].gate.outputs;
     normed_.shape(std::max(rows, batch.num_selected), width_, narrow);
     attended_.shape(rows, heads_width, narrow);
     activated_.shape(rows, inner, narrow);
     qkv_.resize(rows * qkv_width);
-    queries_.assign(rows * shape.num_heads * padded, 0.0f);
 
     Barrier barrier(threads);
     Tasks tasks[2];  // of this phase and of the next
     run_parallel(threads, [&](int thread) {
+        const KernelScope scope;
         std::vector<float> first(kMostRows * kPanelColumns), second(kMostRows * kPanelColumns);
         int phase = 0;
         // All of `count` tasks, then wait for the other threads.
@@ -110,11 +143,8 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
         };
         // out(row, rows, panel) for every block of rows and every panel.
         const auto each_tile = [&](int64_t num_rows, int64_t panels, const auto& work) {
-            const int64_t block = rows_of_a_task(num_rows), blocks = (num_rows + block - 1) / block;
-            each(panels * blocks, [&](int64_t task) {
-                const int64_t row = task % blocks * block;
-                work(row, std::min(block, num_rows - row), task / blocks);
-            });
+            const ProductTasks product(num_rows, panels, narrow ? kMostRows : kMostWideRows, threads);
+            each(product.count(), [&](int64_t task) { product.run(task, work); });
         };
         // x += left W, the product rounded first.
         const auto add_product = [&](const PackedLinear& linear, Rows& left) {
@@ -138,9 +168,9 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
                     std::memcpy(qkv_.data() + (row + i) * qkv_width + column, first.data() + i * kPanelColumns,
                                 columns * sizeof(float));
             });
-            each(rows, [&](int64_t row) { project_heads(layer, batch, shape, padded, row); });
+            each(rows, [&](int64_t row) { project_heads(layer, batch, shape, row); });
             each(plan.num_pieces(),
-                 [&](int64_t piece) { plan.attend(piece, queries_.data(), layer.keys, layer.values); });
+                 [&](int64_t piece) { plan.attend(piece, qkv_.data(), qkv_width, layer.keys, layer.values); });
             each(rows, [&](int64_t row) {
                 plan.merge(row, attended_.row(row));
                 if (is_bfloat16_) kernels().round_values(attended_.row(row), heads_width);

@@ -21,6 +21,10 @@ struct PackedLinear {
     int64_t inputs = 0, outputs = 0;
 };
 
+// weight [outputs, words] in panels [words, 64] each, words of 32 bits: one float32, or two bfloat16 inputs. What is
+// missing of the last panel is zero.
+void pack_panels(const uint32_t* weight, int64_t outputs, int64_t words, uint32_t* panels, int threads);
+
 struct DecoderLayer {
     const float* input_norm;      // [width]
     const float* attention_norm;  // [width], before the feed-forward block
@@ -66,8 +70,7 @@ class Decoder {
         void publish(int64_t i, int64_t first, int64_t count);
     };
     void norm_row(const float* x, const float* weight, int64_t row);
-    void project_heads(const DecoderLayer& layer, const DecoderBatch& batch, const AttentionShape& shape,
-                       int64_t padded, int64_t row);
+    void project_heads(const DecoderLayer& layer, const DecoderBatch& batch, const AttentionShape& shape, int64_t row);
     void tile(const PackedLinear& linear, Rows& left, int64_t panel, int64_t row, int64_t rows, float* out) const;
 
     const int64_t width_;
@@ -77,7 +80,7 @@ class Decoder {
     const float* final_norm_ = nullptr;
     PackedLinear head_;
     Rows normed_, attended_, activated_;
-    std::vector<float> qkv_, queries_;
+    std::vector<float> qkv_;
 };
 
 }  // namespace gpo_fast::cpu

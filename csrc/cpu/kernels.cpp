@@ -8,20 +8,26 @@
 #include <string>
 #include <string_view>
 
-#include "cpu/linear_logprob_gemm.h"
-
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inline functions of this file only
 // GCC 12 warns about its own `_mm512_undefined_ps` wherever it inlines the intrinsics that use it.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-#define GPO_TABLE(NAME, NEEDS_NARROW)                                                    \
-    const Kernels kTable{NAME,   multiply,     multiply_panel, NEEDS_NARROW, widen,      \
-                         narrow, round_values, rms_norm,       rotate,       silu_times, \
-                         add,    attend,       largest,        sum_exp,      exp_into};
+#include "cpu/amx.h"
+#include "cpu/amx_attention.h"
+#include "cpu/linear_logprob_gemm.h"
+
+#define GPO_TABLE(NAME, NEEDS_NARROW)                                                          \
+    const Kernels kTable{NAME,  nothing, nothing,      multiply, multiply_panel, NEEDS_NARROW, \
+                         widen, narrow,  round_values, rms_norm, rotate,         silu_times,   \
+                         add,   attend,  largest,      sum_exp,  exp_into};
 
 namespace gpo_fast::cpu {
+
+namespace {
+void nothing() {}
+}  // namespace
 
 namespace portable {
 namespace {
@@ -95,6 +101,34 @@ GPO_TABLE("avx512", true)
 #pragma GCC pop_options
 #endif
 
+#if defined(__linux__)
+namespace amx {
+namespace {
+
+GPO_AMX void enter() { AmxTiles::set_up(AmxConfiguration{}); }
+GPO_AMX void leave() { _tile_release(); }
+
+GPO_AMX void multiply_panel(const float*, const uint16_t* a, int64_t lda, int64_t rows, const void* panel,
+                            int64_t depth, float* c, int64_t ldc) {
+    amx_multiply_panel(a, lda, rows, static_cast<const pair*>(panel), depth / 2, c, ldc, false, true);
+}
+
+void attend(const AttentionPiece& piece) { piece.is_bfloat16 ? attend_bfloat16(piece) : avx512::attend(piece); }
+
+const Kernels kTable = [] {
+    Kernels table = avx512::kTable;
+    table.name = "amx";
+    table.enter = enter;
+    table.leave = leave;
+    table.multiply_panel = multiply_panel;
+    table.attend = attend;
+    return table;
+}();
+
+}  // namespace
+}  // namespace amx
+#endif  // __linux__
+
 #endif  // __x86_64__
 
 namespace {
@@ -109,12 +143,15 @@ const Kernels* find_kernels(std::string_view name) {
         __builtin_cpu_supports("avx512bf16")) {
         return &avx512::kTable;
     }
+#if defined(__linux__)
+    if (name == "amx" && amx_supported()) return &amx::kTable;
+#endif
 #endif
     return nullptr;
 }
 
 const Kernels* best_kernels() noexcept {
-    for (const char* name : {"avx512", "avx2"}) {
+    for (const char* name : {"amx", "avx512", "avx2"}) {
         if (const Kernels* found = find_kernels(name)) return found;
     }
     return &portable::kTable;
@@ -129,8 +166,9 @@ const Kernels& kernels() { return *chosen; }
 void use_kernels(const char* name) {
     const Kernels* found = find_kernels(name);
     if (!found) {
-        throw std::invalid_argument("kernels must be 'portable', 'avx2' or 'avx512' and run on this machine, got '" +
-                                    std::string(name) + "'");
+        throw std::invalid_argument(
+            "kernels must be 'portable', 'avx2', 'avx512' or 'amx' and run on this machine, got '" + std::string(name) +
+            "'");
     }
     chosen = found;
 }

@@ -14,7 +14,7 @@ constexpr int kKeyTile = 64;  // keys that one pass of the attention loop takes 
 
 // Attention of `rows` queries over the keys [first, first + count) of a page list: one piece of a larger set.
 struct AttentionPiece {
-    const float* query;      // [rows, padded], scaled
+    const float* query;      // [rows, padded]; the columns beyond `dim` are 0
     const int32_t* visible;  // [rows]: how many of the page list's keys, from its start, a row sees
     const void* keys;        // of one KV head: slot s at keys + s * slot_stride elements
     const void* values;
@@ -25,7 +25,7 @@ struct AttentionPiece {
     float* scratch;  // attention_scratch(rows, padded) floats
     int64_t slot_stride;
     int32_t rows, first, count, block_size, dim, padded;
-    float softcap;
+    float scale, softcap;  // of the scores
     bool is_bfloat16;
 };
 
@@ -38,6 +38,10 @@ constexpr int kSumBlock = 512;
 
 struct Kernels {
     const char* name;
+
+    // A thread calls `enter` before it uses the kernels below and `leave` after it (see KernelScope).
+    void (*enter)();
+    void (*leave)();
 
     // c [rows, columns] = or += a [rows, depth] b [depth, columns]; columns a multiple of 16.
     void (*multiply)(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t depth,
@@ -68,7 +72,16 @@ struct Kernels {
 // The best set that this machine runs, or the one that `use_kernels` chose.
 const Kernels& kernels();
 
-// "avx512" (with BF16), "avx2" or "portable"; throws std::invalid_argument where the machine lacks it.
+// The kernels of this thread while it lives.
+class KernelScope {
+  public:
+    KernelScope() { kernels().enter(); }
+    ~KernelScope() { kernels().leave(); }
+    KernelScope(const KernelScope&) = delete;
+    KernelScope& operator=(const KernelScope&) = delete;
+};
+
+// "amx", "avx512" (with BF16), "avx2" or "portable"; throws std::invalid_argument where the machine lacks it.
 void use_kernels(const char* name);
 
 }  // namespace gpo_fast::cpu

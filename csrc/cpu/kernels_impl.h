@@ -274,6 +274,7 @@ inline void softmax_row(const AttentionPiece& piece, int64_t row, int64_t seen, 
         std::memset(scores, 0, kKeyTile * sizeof(float));
         return;
     }
+    for (int64_t t = 0; t < kKeyTile; t += kWidth) store(scores + t, load(scores + t) * splat(piece.scale));
     if (piece.softcap > 0) {
         for (int64_t t = 0; t < seen; ++t) scores[t] = piece.softcap * std::tanh(scores[t] / piece.softcap);
     }

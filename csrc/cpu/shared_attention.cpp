@@ -12,9 +12,8 @@ namespace gpo_fast::cpu {
 
 namespace {
 
-constexpr int64_t kQueryRows = 96;   // queries of a piece: their scores and sums stay in the second cache
-constexpr int64_t kKeyRange = 512;   // keys of a piece where a segment has few rows
-constexpr int64_t kUncutRows = 256;  // a segment of more rows makes enough pieces without cutting its keys
+constexpr int64_t kQueryRows = 96;  // queries of a piece: their scores and sums stay in the second cache
+constexpr int64_t kKeyRange = 512;  // keys of a piece: enough pieces for all threads where there are few rows
 
 }  // namespace
 
@@ -28,11 +27,10 @@ AttentionPlan::AttentionPlan(const Segments& segments, int64_t num_rows, const A
       visible_(segments.visible, segments.visible + segments.row_offsets[segments.count]) {
     for (int64_t s = 0; s < segments.count; ++s) {
         const int32_t first = segments.row_offsets[s], stop = segments.row_offsets[s + 1];
-        const int64_t range = stop - first > kUncutRows ? std::numeric_limits<int64_t>::max() : kKeyRange;
         const int64_t step = std::max<int64_t>(1, kQueryRows / heads_);
         for (int64_t row = first; row < stop; row += step)
             cut(static_cast<int32_t>(row), static_cast<int32_t>(std::min<int64_t>(stop, row + step)),
-                pages_.data() + segments.page_offsets[s], range);
+                pages_.data() + segments.page_offsets[s]);
     }
     // The largest pieces first, so that no thread is left with one at the end.
     std::stable_sort(pieces_.begin(), pieces_.end(),
@@ -55,16 +53,16 @@ AttentionPlan::AttentionPlan(const Segments& segments, int64_t num_rows, const A
 }
 
 // Pieces of the rows [first_row, stop_row) of a segment: as many keys as the row that sees most, in ranges.
-void AttentionPlan::cut(int32_t first_row, int32_t stop_row, const int32_t* pages, int64_t range) {
+void AttentionPlan::cut(int32_t first_row, int32_t stop_row, const int32_t* pages) {
     const int64_t seen = *std::max_element(visible_.begin() + first_row, visible_.begin() + stop_row);
     for (int64_t key = 0; key < seen;) {
-        const int64_t keys = std::min(range, seen - key);
+        const int64_t keys = std::min(kKeyRange, seen - key);
         pieces_.push_back({first_row, stop_row - first_row, key, keys, pages, 0});
         key += keys;
     }
 }
 
-void AttentionPlan::attend(int64_t index, const float* query, const void* keys, const void* values) {
+void AttentionPlan::attend(int64_t index, const float* query, int64_t stride, const void* keys, const void* values) {
     static thread_local std::vector<float> scratch;
     static thread_local std::vector<int32_t> visible;
     const Piece& piece = pieces_[index / shape_.num_kv_heads];
@@ -72,8 +70,12 @@ void AttentionPlan::attend(int64_t index, const float* query, const void* keys, 
     scratch.resize(rows * padded_ + attention_scratch(rows, padded_));
     visible.resize(rows);
     for (int64_t i = 0; i < piece.rows; ++i) {
-        const float* from = query + (rows_[piece.first_row + i] * shape_.num_heads + group * heads_) * padded_;
-        std::memcpy(scratch.data() + i * heads_ * padded_, from, heads_ * padded_ * sizeof(float));
+        const float* from = query + rows_[piece.first_row + i] * stride + group * heads_ * shape_.head_dim;
+        float* to = scratch.data() + i * heads_ * padded_;
+        for (int64_t head = 0; head < heads_; ++head, from += shape_.head_dim, to += padded_) {
+            std::memcpy(to, from, shape_.head_dim * sizeof(float));
+            std::fill(to + shape_.head_dim, to + padded_, 0.0f);
+        }
         std::fill_n(visible.begin() + i * heads_, heads_, visible_[piece.first_row + i]);
     }
     const int64_t head_bytes = group * shape_.head_dim * (shape_.is_bfloat16 ? 2 : 4);
@@ -83,7 +85,8 @@ void AttentionPlan::attend(int64_t index, const float* query, const void* keys, 
                       result + 2 * rows, scratch.data() + rows * padded_,
                       static_cast<int64_t>(shape_.num_kv_heads) * shape_.head_dim, static_cast<int32_t>(rows),
                       static_cast<int32_t>(piece.first_key), static_cast<int32_t>(piece.keys), shape_.block_size,
-                      shape_.head_dim, static_cast<int32_t>(padded_), shape_.softcap, shape_.is_bfloat16});
+                      shape_.head_dim, static_cast<int32_t>(padded_), shape_.scale, shape_.softcap,
+                      shape_.is_bfloat16});
 }
 
 void AttentionPlan::merge(int64_t row, float* out) const {
@@ -117,26 +120,19 @@ void AttentionPlan::merge(int64_t row, float* out) const {
 void shared_attention(AttentionPlan& plan, const void* query, const void* keys, const void* values, void* output,
                       int threads) {
     const AttentionShape& shape = plan.shape();
-    const int64_t width = static_cast<int64_t>(shape.num_heads) * shape.head_dim, padded = plan.padded();
-    std::vector<float> scaled(plan.num_rows() * shape.num_heads * padded);
+    const int64_t width = static_cast<int64_t>(shape.num_heads) * shape.head_dim;
+    std::vector<float> wide(shape.is_bfloat16 ? plan.num_rows() * width : 0);
+    const float* queries = shape.is_bfloat16 ? wide.data() : static_cast<const float*>(query);
     Barrier barrier(threads);
-    Tasks scale_rows, pieces, merge_rows;
+    Tasks widen_rows, pieces, merge_rows;
     run_parallel(threads, [&](int) {
+        const KernelScope scope;
         std::vector<float> row_values(width);
         int64_t task;
-        while (scale_rows.take(plan.num_rows(), task)) {
-            if (shape.is_bfloat16) {
-                kernels().widen(static_cast<const uint16_t*>(query) + task * width, width, row_values.data());
-            } else {
-                std::memcpy(row_values.data(), static_cast<const float*>(query) + task * width, width * sizeof(float));
-            }
-            float* to = scaled.data() + task * shape.num_heads * padded;
-            for (int64_t h = 0; h < shape.num_heads; ++h)
-                for (int64_t d = 0; d < shape.head_dim; ++d)
-                    to[h * padded + d] = row_values[h * shape.head_dim + d] * shape.scale;
-        }
+        while (shape.is_bfloat16 && widen_rows.take(plan.num_rows(), task))
+            kernels().widen(static_cast<const uint16_t*>(query) + task * width, width, wide.data() + task * width);
         barrier.wait();
-        while (pieces.take(plan.num_pieces(), task)) plan.attend(task, scaled.data(), keys, values);
+        while (pieces.take(plan.num_pieces(), task)) plan.attend(task, queries, width, keys, values);
         barrier.wait();
         while (merge_rows.take(plan.num_rows(), task)) {
             if (shape.is_bfloat16) {

@@ -36,13 +36,13 @@ class AttentionPlan {
   public:
     AttentionPlan(const Segments& segments, int64_t num_rows, const AttentionShape& shape);
 
-    // query [rows, heads, padded()] scaled, keys and values [slots, kv heads, head size] of one layer.
+    // query [rows, heads, head size], a row `stride` after the one before; keys and values [slots, kv heads, head
+    // size] of one layer.
     int64_t num_pieces() const { return static_cast<int64_t>(pieces_.size()) * shape_.num_kv_heads; }
-    void attend(int64_t piece, const float* query, const void* keys, const void* values);
+    void attend(int64_t piece, const float* query, int64_t stride, const void* keys, const void* values);
     // After all pieces: out [heads, head size] of one row.
     void merge(int64_t row, float* out) const;
 
-    int64_t padded() const { return padded_; }
     int64_t num_rows() const { return num_rows_; }
     const AttentionShape& shape() const { return shape_; }
 
@@ -55,7 +55,7 @@ class AttentionPlan {
     struct Part {  // one piece's share of one row
         int32_t piece, index;
     };
-    void cut(int32_t first_row, int32_t stop_row, const int32_t* pages, int64_t range);
+    void cut(int32_t first_row, int32_t stop_row, const int32_t* pages);
     int64_t result_size(const Piece& piece) const { return piece.rows * heads_ * (padded_ + 2); }
 
     const AttentionShape shape_;

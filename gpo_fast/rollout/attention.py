@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from gpo_fast import _C
+from gpo_fast.rollout import memory
 from gpo_fast.rollout.segments import Segments
 
 NAME = "gpo_fast_paged"
@@ -34,8 +35,10 @@ class KVPool:
         device: torch.device,
     ) -> None:
         shape = (num_layers, num_blocks * block_size, num_kv_heads, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        on_cpu = device.type == "cpu"
+        self.keys, self.values = (
+            memory.empty(shape, dtype) if on_cpu else torch.empty(shape, dtype=dtype, device=device) for _ in range(2)
+        )
         self.block_size = block_size
 
     def copy(self, source: Any, target: Any, length: Any) -> None:

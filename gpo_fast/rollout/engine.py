@@ -177,6 +177,7 @@ class RolloutEngine:
         self.traces.clear()
         self._epoch += 1
         self.cache.begin_epoch(self._epoch)
+        self.cache.evict(self.cache.stats()["stale"])  # the next pages are memory that has been written to before
 
     def stats(self) -> dict[str, Any]:
         """Counters and seconds by phase since the engine was made, and the prefix cache's state."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gpo_fast import _C
 from gpo_fast.rollout.attention import KVPool, attention_plan
+from gpo_fast.rollout.memory import Arena
 from gpo_fast.rollout.segments import Segments
 
 ARCHITECTURES = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"}
@@ -26,7 +27,7 @@ class Packed:
     """A weight [outputs, inputs] in panels of 64 outputs: [panels, inputs / 2, 64, 2] bfloat16, or
     [panels, inputs, 64] float32."""
 
-    def __init__(self, modules: list[nn.Module], dtype: torch.dtype) -> None:
+    def __init__(self, modules: list[nn.Module], dtype: torch.dtype, arena: Arena) -> None:
         self.modules = modules
         weights, biases = zip(*(merged_weight(m) for m in modules))
         self.outputs, self.inputs = sum(len(w) for w in weights), weights[0].shape[1]
@@ -34,29 +35,25 @@ class Packed:
             raise ValueError(f"a layer with {self.inputs} inputs, an odd number")
         panels = -(-self.outputs // PANEL)
         shape = (panels, self.inputs // 2, PANEL, 2) if dtype == torch.bfloat16 else (panels, self.inputs, PANEL)
-        self.panels = torch.zeros(shape, dtype=dtype)
+        self.panels = arena.empty(shape, dtype)
         self.bias = torch.zeros(self.outputs) if any(b is not None for b in biases) else None
         self.pack()
 
     def pack(self) -> None:
         """Copies the modules' weights as they are now."""
         weights, biases = zip(*(merged_weight(m) for m in self.modules))
-        weight = torch.cat(weights).to(self.panels.dtype)
-        whole = self.outputs // PANEL
-        self._write(self.panels[:whole], weight[: whole * PANEL])
-        if whole < len(self.panels):
-            rest = torch.zeros(PANEL, self.inputs, dtype=weight.dtype)
-            rest[: self.outputs - whole * PANEL] = weight[whole * PANEL :]
-            self._write(self.panels[whole:], rest)
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        weight = weight.to(self.panels.dtype).contiguous()
+        _C.pack_panels(
+            weight=weight.data_ptr(),
+            outputs=self.outputs,
+            words=self.inputs * weight.itemsize // 4,
+            panels=self.panels.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
         if self.bias is not None:
             parts = [torch.zeros(len(w)) if b is None else b for w, b in zip(weights, biases)]
             self.bias.copy_(torch.cat(parts))
-
-    def _write(self, panels: Tensor, weight: Tensor) -> None:
-        if panels.dim() == 4:
-            panels.copy_(weight.view(-1, PANEL, self.inputs // 2, 2).transpose(1, 2))
-        else:
-            panels.copy_(weight.view(-1, PANEL, self.inputs).transpose(1, 2))
 
     def arguments(self) -> tuple[int, int, int, int]:
         """What the C++ side takes: (panels, bias or 0, inputs, outputs)."""
@@ -84,6 +81,7 @@ class PackedDecoder:
         self.scale = float(self.decoder.layers[0].self_attn.scaling)
         self._vectors: list[tuple[Any, Tensor]] = []  # norms as float32, and the modules that they are copies of
         self._packed: list[Packed] = []
+        self._arena = Arena()
         self._cos = self._sin = torch.zeros(0, pool.keys.shape[-1])  # of the positions met so far
         self._core = _C.Decoder(
             width=config.hidden_size, norm_epsilon=config.rms_norm_eps, is_bfloat16=self.dtype == torch.bfloat16
@@ -117,7 +115,7 @@ class PackedDecoder:
         return vector.data_ptr()
 
     def _pack(self, modules: list[Any]) -> Packed:
-        self._packed.append(Packed(modules, self.dtype))
+        self._packed.append(Packed(modules, self.dtype, self._arena))
         return self._packed[-1]
 
     @torch.no_grad()

@@ -1,0 +1,277 @@
+// Attention of many queries over shared bfloat16 keys by AMX. Scores and sums are computed transposed, keys and head
+// dimensions down, query rows across, so that the pool's keys are a left operand as they lie and the softmax runs down
+// whole vectors of rows:
+//
+//   S^T = K Q^T [keys, rows],   P^T = exp(scale S^T - highest),   O^T = V^T P^T [head size, rows]
+//
+// A score is rounded once, as a weight of the sum (a bfloat16 left operand is all that AMX takes); scores, maxima and
+// totals are float32. The thread's tiles are set up by the caller.
+#pragma once
+
+#include "cpu/amx.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <utility>
+
+#include "cpu/kernels.h"
+
+namespace gpo_fast::cpu::amx {
+
+constexpr int64_t kKeyBlock = 32;  // keys that a product takes together: two tiles of scores, one of pairs of keys
+
+// Scratch memory of a thread, in whole cache lines, which grows as it must.
+class Scratch {
+  public:
+    void* take(std::size_t bytes) {
+        if (bytes > size_) {
+            memory_.reset(std::aligned_alloc(64, bytes));
+            if (!memory_) throw std::bad_alloc();
+            size_ = bytes;
+        }
+        return memory_.get();
+    }
+
+  private:
+    struct Free {
+        void operator()(void* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<void, Free> memory_;
+    std::size_t size_ = 0;
+};
+
+// The arrays of one piece; rows and keys are rounded up to whole tiles, as is the head size.
+struct PieceArrays {
+    int64_t rows, keys, dim;
+    pair* queries;    // [dim / 2, rows]
+    bf16* key_block;  // [kKeyBlock, dim]
+    float* scores;    // [keys, rows]
+    pair* weights;    // [keys / 2, rows]
+    bf16* values;     // [dim, keys]: the values as columns
+    float* sums;      // [dim, rows]
+    int64_t* places;  // [keys]: see find_keys
+
+    PieceArrays(const AttentionPiece& piece, Scratch& scratch)
+        : rows(static_cast<int64_t>(round_up(piece.rows, 16))),
+          keys(static_cast<int64_t>(round_up(piece.count, kKeyBlock))),
+          dim(static_cast<int64_t>(round_up(piece.dim, 32))) {
+        char* at = static_cast<char*>(scratch.take(2 * dim * rows + 2 * kKeyBlock * dim + 4 * keys * rows +
+                                                   2 * keys * rows + 2 * dim * keys + 4 * dim * rows + 8 * keys));
+        const auto next = [&at](std::size_t bytes) { return std::exchange(at, at + bytes); };
+        queries = reinterpret_cast<pair*>(next(2 * dim * rows));
+        key_block = reinterpret_cast<bf16*>(next(2 * kKeyBlock * dim));
+        scores = reinterpret_cast<float*>(next(4 * keys * rows));
+        weights = reinterpret_cast<pair*>(next(2 * keys * rows));
+        values = reinterpret_cast<bf16*>(next(2 * dim * keys));
+        sums = reinterpret_cast<float*>(next(4 * dim * rows));
+        places = reinterpret_cast<int64_t*>(next(8 * keys));
+    }
+};
+
+GPO_AMX inline __mmask16 first_lanes(int64_t count) {
+    return count >= 16 ? 0xffff : static_cast<__mmask16>(count <= 0 ? 0 : (1u << count) - 1);
+}
+
+// Where the piece's keys and values begin, in elements of the pool.
+inline void find_keys(const AttentionPiece& piece, PieceArrays& arrays) {
+    const int32_t* page = piece.pages + piece.first / piece.block_size;
+    for (int64_t t = 0, within = piece.first % piece.block_size; t < piece.count; ++t) {
+        arrays.places[t] = (static_cast<int64_t>(*page) * piece.block_size + within) * piece.slot_stride;
+        if (++within == piece.block_size) within = 0, ++page;
+    }
+}
+
+// The pool is read in short stretches, which the hardware does not foresee.
+GPO_AMX inline void prefetch_row(const bf16* row, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 32) _mm_prefetch(reinterpret_cast<const char*>(row + d), _MM_HINT_T0);
+}
+
+// The queries as a right operand: pairs of head dimensions down, rows across.
+GPO_AMX inline void pack_queries(const AttentionPiece& piece, PieceArrays& arrays) {
+    for (int64_t r = 0; r < arrays.rows; r += 16) {
+        for (int64_t d = 0; d < arrays.dim; d += 32) {
+            __m512i block[16];
+            for (int64_t i = 0; i < 16; ++i) {
+                const float* from = piece.query + (r + i) * piece.padded + d;
+                const __mmask16 there = r + i < piece.rows ? 0xffff : 0;
+                const __mmask16 low = there & first_lanes(piece.padded - d);
+                const __mmask16 high = there & first_lanes(piece.padded - d - 16);
+                block[i] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, from + 16),
+                                                        _mm512_maskz_loadu_ps(low, from));
+            }
+            transpose_16x16(block);
+            for (int64_t i = 0; i < 16; ++i)
+                _mm512_store_si512(arrays.queries + (d / 2 + i) * arrays.rows + r, block[i]);
+        }
+    }
+}
+
+// c [32, 32 or 16] = a [32, 32 steps] b, pairs of the depth together in b.
+GPO_AMX inline void multiply_block(const bf16* a, int64_t lda, const pair* b, int64_t ldb, int64_t steps, bool wide,
+                                   float* c, int64_t ldc) {
+    finish_stores();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < steps; ++step) {
+        const bf16* left = a + step * 32;
+        const pair* right = b + step * 16 * ldb;
+        _tile_loadd(4, left, lda * 2);
+        _tile_loadd(5, left + 16 * lda, lda * 2);
+        _tile_loadd(6, right, ldb * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if (!wide) continue;
+        _tile_loadd(7, right + 16, ldb * 4);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, ldc * 4);
+    _tile_stored(1, c + 16 * ldc, ldc * 4);
+    if (wide) {
+        _tile_stored(2, c + 16, ldc * 4);
+        _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+    }
+    finish_stores();
+}
+
+GPO_AMX inline void multiply_blocks(const bf16* a, int64_t lda, const pair* b, int64_t rows, int64_t steps, float* c) {
+    for (int64_t r = 0; r < rows; r += 32) multiply_block(a, lda, b + r, rows, steps, r + 16 < rows, c + r, rows);
+}
+
+// S^T. A key beyond the piece's is left as it was: no row sees it.
+GPO_AMX inline void score_keys(const AttentionPiece& piece, PieceArrays& arrays) {
+    for (int64_t start = 0; start < arrays.keys; start += kKeyBlock) {
+        for (int64_t i = 0; i < kKeyBlock && start + i < piece.count; ++i) {
+            const bf16* from = static_cast<const bf16*>(piece.keys) + arrays.places[start + i];
+            prefetch_row(static_cast<const bf16*>(piece.values) + arrays.places[start + i], piece.dim);
+            if (start + i + kKeyBlock < piece.count) {
+                prefetch_row(static_cast<const bf16*>(piece.keys) + arrays.places[start + i + kKeyBlock], piece.dim);
+            }
+            for (int64_t d = 0; d < arrays.dim; d += 32) {
+                const int64_t left = std::min<int64_t>(32, piece.dim - d);
+                const __mmask32 inside = left == 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+                _mm512_store_si512(arrays.key_block + i * arrays.dim + d, _mm512_maskz_loadu_epi16(inside, from + d));
+            }
+        }
+        multiply_blocks(arrays.key_block, arrays.dim, arrays.queries, arrays.rows, arrays.dim / 32,
+                        arrays.scores + start * arrays.rows);
+    }
+}
+
+// e^x for x <= 0, to 3e-7 of it; Cody and Waite's reduction, Taylor's terms to the fifth.
+GPO_AMX inline __m512 exp_of(__m512 x) {
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 120);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+inline void cap_scores(const AttentionPiece& piece, PieceArrays& arrays) {
+    for (int64_t i = 0; i < piece.count * arrays.rows; ++i)
+        arrays.scores[i] = piece.softcap * std::tanh(arrays.scores[i] * piece.scale / piece.softcap);
+}
+
+// P^T of 16 rows from `r` on, with their maxima and totals.
+GPO_AMX inline void weigh(const AttentionPiece& piece, PieceArrays& arrays, int64_t r) {
+    const __mmask16 there = first_lanes(piece.rows - r);
+    const __m512i seen =
+        _mm512_sub_epi32(_mm512_maskz_loadu_epi32(there, piece.visible + r), _mm512_set1_epi32(piece.first));
+    const __m512 scale = _mm512_set1_ps(piece.softcap > 0 ? 1.0f : piece.scale);
+    const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const float* scores = arrays.scores + r;
+    __m512 highest = nothing;
+    for (int64_t t = 0; t < piece.count; ++t) {
+        const __mmask16 sees = _mm512_cmpgt_epi32_mask(seen, _mm512_set1_epi32(static_cast<int>(t)));
+        highest = _mm512_mask_max_ps(highest, sees, highest, _mm512_load_ps(scores + t * arrays.rows));
+    }
+    highest = _mm512_mul_ps(highest, scale);
+    alignas(64) static const std::uint16_t kTogether[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i together = _mm512_load_si512(kTogether);
+    const __m512i shown = _mm512_min_epi32(seen, _mm512_set1_epi32(piece.count));
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t t = 0; t < arrays.keys; t += 2) {
+        __m512 weight[2];
+        for (int64_t i = 0; i < 2; ++i) {
+            const __mmask16 sees = _mm512_cmpgt_epi32_mask(shown, _mm512_set1_epi32(static_cast<int>(t + i)));
+            const __m512 score = _mm512_load_ps(scores + (t + i) * arrays.rows);
+            weight[i] = _mm512_maskz_mov_ps(sees, exp_of(_mm512_fmsub_ps(score, scale, highest)));
+            total = _mm512_add_ps(total, weight[i]);
+        }
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(weight[1], weight[0]);
+        _mm512_store_si512(arrays.weights + t / 2 * arrays.rows + r, _mm512_permutexvar_epi16(together, both));
+    }
+    _mm512_mask_storeu_ps(piece.highest + r, there, highest);
+    _mm512_mask_storeu_ps(piece.total + r, there, total);
+}
+
+// The values as columns; zeros beyond the piece's keys, whose weights are zero, and beyond the head size.
+GPO_AMX inline void transpose_values(const AttentionPiece& piece, PieceArrays& arrays) {
+    for (int64_t start = 0; start < arrays.keys; start += kKeyBlock) {
+        const bf16* rows[kKeyBlock];
+        for (int64_t i = 0; i < kKeyBlock; ++i)
+            rows[i] =
+                start + i < piece.count ? static_cast<const bf16*>(piece.values) + arrays.places[start + i] : nullptr;
+        for (int64_t d = 0; d < arrays.dim; d += 16) {
+            const __mmask16 inside = first_lanes(piece.dim - d);
+            const auto wide = [&](int64_t i) GPO_AMX {
+                if (!rows[i]) return _mm512_setzero_si512();
+                return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, rows[i] + d));
+            };
+            __m512i block[16];
+            for (int64_t i = 0; i < 16; ++i)
+                block[i] = _mm512_or_si512(wide(2 * i), _mm512_slli_epi32(wide(2 * i + 1), 16));
+            transpose_16x16(block);
+            for (int64_t i = 0; i < 16; ++i)
+                _mm512_store_si512(arrays.values + (d + i) * arrays.keys + start, block[i]);
+        }
+    }
+}
+
+// O^T into the piece's sums [rows, padded].
+GPO_AMX inline void store_sums(const AttentionPiece& piece, const PieceArrays& arrays) {
+    for (int64_t r = 0; r < arrays.rows; r += 16) {
+        for (int64_t d = 0; d < piece.padded; d += 16) {
+            __m512i block[16];
+            for (int64_t i = 0; i < 16; ++i) block[i] = _mm512_load_si512(arrays.sums + (d + i) * arrays.rows + r);
+            transpose_16x16(block);
+            for (int64_t i = 0; i < 16 && r + i < piece.rows; ++i)
+                _mm512_storeu_si512(piece.sum + (r + i) * piece.padded + d, block[i]);
+        }
+    }
+}
+
+GPO_AMX inline void attend_bfloat16(const AttentionPiece& piece) {
+    static thread_local Scratch scratch;
+    PieceArrays arrays(piece, scratch);
+    find_keys(piece, arrays);
+    pack_queries(piece, arrays);
+    score_keys(piece, arrays);
+    if (piece.softcap > 0) cap_scores(piece, arrays);
+    for (int64_t r = 0; r < arrays.rows; r += 16) weigh(piece, arrays, r);
+    transpose_values(piece, arrays);
+    for (int64_t d = 0; d < arrays.dim; d += 32)
+        multiply_blocks(arrays.values + d * arrays.keys, arrays.keys, arrays.weights, arrays.rows, arrays.keys / 32,
+                        arrays.sums + d * arrays.rows);
+    store_sums(piece, arrays);
+}
+
+}  // namespace gpo_fast::cpu::amx
+
+#endif  // __x86_64__ && __linux__

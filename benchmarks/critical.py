@@ -186,7 +186,7 @@ def reuse_bias(reuse: Any, count: int) -> dict[str, float]:
     gaps = []
     for trajectory, step in zip(drawn, exact_finder(backend, n_samples=4, reuse=reuse).find(drawn)):
         true = world.values(trajectory.token_ids)[step.reset_state]
-        gaps.append(float(np.mean([r for _, r in step.reusable[step.reset_state]])) - true)
+        gaps.append(float(np.mean(step.reusable_rewards)) - true)
     return {"mean": float(np.mean(gaps)), "standard_error": float(np.std(gaps) / len(gaps) ** 0.5)}
 
 

@@ -94,7 +94,7 @@ class GPOConfig(TrainingArguments):
     )
     max_searches: int | None = _option(None, "At most so many trajectories are searched per iteration.")
     search_budget: float | None = _option(None, "Most tokens of all searches, as a share of the base rollouts'.")
-    reuse: str = _option("none", "Also train on the search's samples, a group for each state: none, split or all.")
+    reuse: str = _option("none", "Also train on the search's samples of the critical step: none, split or all.")
     step_splitter: Any = _option("newline", f"What a step is: {', '.join(METHODS)}, or a function.")
     step_pattern: str | None = _option(None, "Regular expression of the end of a step, for the splitter regex.")
     min_step_tokens: int = _option(4, "A shorter step is merged with its neighbour.")

@@ -320,34 +320,25 @@ class GuidedSampler:
         for n, s in enumerate(searched):
             assert s.critical is not None
             mine = slice(n * width, (n + 1) * width)
-            s.resets, s.reset_rewards = drawn[mine], rewards[mine].tolist()
-            reset_state = s.critical.reset_state
-            for state in sorted({reset_state, *s.critical.reusable}):
-                resets = list(zip(s.resets, s.reset_rewards)) if state == reset_state else []
-                group = resets + s.critical.reusable.get(state, [])
-                if len(group) >= 2:
-                    groups.append(self._branch_group(s, state, group, len(resets), forest))
+            group, group_rewards = drawn[mine], rewards[mine].tolist()
+            s.resets, s.reset_rewards = group, group_rewards
+            assert s.row.node is not None
+            at = len(s.completion.prompt_token_ids) + s.critical.token_position
+            reused = s.critical.reusable
+            group_rewards = [*group_rewards, *s.critical.reusable_rewards]
+            nodes = [
+                forest.branch(s.row.node, at, c.token_ids, logprobs=c.logprobs, reward=r)
+                for c, r in zip([*group, *reused], group_rewards)
+            ]
+            if len(group_rewards) < 2:
+                continue
+            rows = self._rows([*group, *reused], np.asarray([group_rewards]), "reset", nodes)
+            for row in rows[width:]:
+                row.kind = "search"
+            for row in rows:
+                row.priority = max(0.0, float(SCORES[self.config.criterion](s.critical.advantages[s.critical.index])))
+            groups.append(rows)
         return groups
-
-    def _branch_group(
-        self,
-        s: _Searched,
-        state: int,
-        group: Sequence[tuple[Completion, float]],
-        num_resets: int,
-        forest: TokenForest,
-    ) -> list[TrainingRow]:
-        """Continuations of one state of a trajectory as rows; the first `num_resets` were not drawn by the search."""
-        assert s.critical is not None
-        assert s.row.node is not None
-        at = len(s.completion.prompt_token_ids) + s.critical.steps[state].start
-        nodes = [forest.branch(s.row.node, at, c.token_ids, logprobs=c.logprobs, reward=r) for c, r in group]
-        rows = self._rows([c for c, _ in group], np.asarray([[r for _, r in group]]), "reset", nodes)
-        advantage = s.critical.advantages[s.critical.index]
-        for i, row in enumerate(rows):
-            row.kind = "reset" if i < num_resets else "search"
-            row.priority = max(0.0, float(SCORES[self.config.criterion](advantage)))
-        return rows
 
     def _metrics(
         self,
@@ -391,7 +382,7 @@ class GuidedSampler:
             metrics["search_rollouts_saved"] = float(sum(c.rollouts_saved for c in found))
             metrics["search_tokens_saved"] = float(sum(c.tokens_saved for c in found))
             metrics["num_cancelled"] = float(sum(c.num_cancelled for c in found))
-            metrics["num_reused"] = float(sum(len(drawn) for c in found for drawn in c.reusable.values()))
+            metrics["num_reused"] = float(sum(len(c.reusable) for c in found))
         return metrics | {f"seconds/{phase}": spent for phase, spent in timer.seconds.items()}
 
     def _describe(self, s: _Searched, examples: Sequence[Example]) -> dict[str, Any]:

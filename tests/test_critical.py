@@ -247,9 +247,8 @@ def reuse_bias(reuse: str, estimator: str = "uniform") -> tuple[float, float]:
     gaps, variance = [], 0.0
     for trajectory, step in zip(drawn, found):
         true = world.values(trajectory.token_ids)[step.reset_state]
-        rewards = [r for _, r in step.reusable.get(step.reset_state, ())]
-        gaps += [r - true for r in rewards]
-        variance += len(rewards) * true * (1 - true)
+        gaps += [r - true for r in step.reusable_rewards]
+        variance += len(step.reusable_rewards) * true * (1 - true)
     return sum(gaps) / math.sqrt(variance), sum(gaps) / len(gaps)
 
 
@@ -273,7 +272,7 @@ def test_split_costs_no_more_and_keeps_the_halves_apart() -> None:
     for step in finder(backend, n_samples=4, reuse="split").find(drawn):
         assert step.num_rollouts == 4 * len(step.steps)
         assert [len(c) for c in step.continuations] == [4] * len(step.steps)
-        assert {state: len(drawn) for state, drawn in step.reusable.items()} == dict.fromkeys(range(len(step.steps)), 2)
+        assert len(step.reusable) == len(step.reusable_rewards) == 2
         chosen = step.continuation_rewards[step.reset_state][:2]
         assert step.values[step.reset_state] == np.mean(chosen)
     assert all(not s.reusable for s in finder(backend, n_samples=4).find(drawn))

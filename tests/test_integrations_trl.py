@@ -259,7 +259,7 @@ def test_every_search_fills_the_rows(tmp_path: Path, changes: dict, packing: str
     run.train()
     expected = 0 if "search_budget" in changes else 1 if callable(changes.get("search")) else 2
     assert len(run._groups) == len(found) == len(drawn) == expected
-    reused = [[c for c, _ in step.reusable.get(step.reset_state, ())][:2] for step in found]
+    reused = [step.reusable[:2] for step in found]
     assert any(reused) == ("reuse" in changes)
     for (trajectory, (cut, continuations)), step, taken in zip(drawn, found, reused, strict=True):
         assert cut == step.token_position

@@ -45,9 +45,9 @@ class CriticalStepFinder:
             search, a step chosen by chance: the control.
         reset: keep the tokens "before" the critical step (the step itself is sampled anew) or "after" it; the last
             step cannot be kept, and a trajectory of one step is always reset to its start.
-        reuse: which continuations are handed on for training as `CriticalStep.reusable`, state by state: "none",
-            "all", or "split": N / 2 of each state choose the step and N / 2, which the choice never saw, are handed
-            on. With "all" the mean reward of the reset state's is biased by the choice.
+        reuse: which continuations of the reset state are handed on for training as `CriticalStep.reusable`:
+            "none", "all", or "split": N / 2 choose the step and N / 2, which the choice never saw, are handed on.
+            With "all" their mean reward is biased by the choice.
         sampling: how continuations are drawn. `max_tokens` is the limit of the *whole* completion, so a
             continuation gets what its prefix left of it.
         delta: "racing" stops when the probability of another step being better is at most this.
@@ -235,7 +235,7 @@ class CriticalStepFinder:
         after = self.reset == "after" and len(steps) > 1
         reset_state = choice.step + after
         states = range(len(steps))
-        reusable = {"none": {}, "split": run.held_out, "all": run.seen}[self.reuse]
+        reusable = {"none": {}, "split": run.held_out, "all": run.seen}[self.reuse].get(reset_state, [])
         drawn = [[*run.seen.get(i, ()), *run.held_out.get(i, ())] for i in states]
         uniform = [self.n_samples * (i in problem.open_states) for i in states]
         lengths = [mean([len(c.token_ids) for c, _ in d]) if d else problem.prices[i] for i, d in enumerate(drawn)]
@@ -259,7 +259,8 @@ class CriticalStepFinder:
             tokens_saved=float(np.dot(uniform, lengths)) - run.num_tokens,
             num_rounds=run.num_rounds,
             num_cancelled=run.num_cancelled,
-            reusable=reusable,
+            reusable=[c for c, _ in reusable],
+            reusable_rewards=[r for _, r in reusable],
         )
 
 

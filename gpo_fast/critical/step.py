@@ -52,7 +52,8 @@ class CriticalStep:
     tokens_saved: float = 0.0
     num_rounds: int = 1
     num_cancelled: int = 0
-    reusable: dict[int, list[tuple[Completion, float]]] = field(default_factory=dict)  # by state, for training
+    reusable: list[Completion] = field(default_factory=list)  # of the reset state, for training
+    reusable_rewards: list[float] = field(default_factory=list)
 
     def record(self, trajectory: Completion, tokenizer: Any) -> dict[str, Any]:
         """The search as the report, the terminal's table and JSON show it; what is not known is None."""

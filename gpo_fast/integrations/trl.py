@@ -340,8 +340,7 @@ class GPOTrainer(GRPOTrainer):
         groups = [scores[i // self.num_generations].tolist() for i in chosen]
         found = finder.find(trajectories, rewards=[float(scores.flat[i]) for i in chosen], root_values=groups)
         self._log_search(found)
-        reusable = [[c for c, _ in f.reusable.get(f.reset_state, ())] for f in found]
-        drawn = [(f.token_position, own[: self.args.num_resets]) for f, own in zip(found, reusable)]
+        drawn = [(f.token_position, f.reusable[: self.args.num_resets]) for f in found]
         requests, owners = [], []
         for n, (trajectory, (cut, reused)) in enumerate(zip(trajectories, drawn)):
             missing = self.args.num_resets - len(reused)

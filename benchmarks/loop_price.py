@@ -26,7 +26,7 @@ from gpo_fast.bench.rollout import load
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 
-from gpo_fast import GPOConfig, GPOTrainer
+from gpo_fast import _C, GPOConfig, GPOTrainer
 from gpo_fast.demo.run import ADAPTED
 from gpo_fast.demo.task import training
 from gpo_fast.losses import LossOutput
@@ -55,10 +55,12 @@ class Size:
     tokens: int  # of a completion at most
 
 
+# The type in which each row is fast here: where a CPU emulates bfloat16, all would be slower in it.
+CPU_TYPE = "float32" if _C.linear_logprob_kernels() == "none" else "bfloat16"
 SIZES = {
-    "cpu": Size("smollm2", "cpu", "float32", 4, 4, 4, 4, 48),
+    "cpu": Size("smollm2", "cpu", CPU_TYPE, 4, 4, 4, 4, 48),
     "cuda": Size("qwen3-0.6b", "cuda", "bfloat16", 16, 8, 8, 4, 256),
-    "quick": Size("smollm2", "cpu", "float32", 1, 2, 2, 2, 16),
+    "quick": Size("smollm2", "cpu", CPU_TYPE, 1, 2, 2, 2, 16),
 }
 
 

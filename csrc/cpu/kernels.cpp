@@ -115,7 +115,7 @@ GPO_AMX void multiply_panel(const float*, const uint16_t* a, int64_t lda, int64_
 
 void attend(const AttentionPiece& piece) { piece.is_bfloat16 ? attend_bfloat16(piece) : avx512::attend(piece); }
 
-const Kernels kTable = [] {
+const Kernels kTable = []() noexcept {
     Kernels table = avx512::kTable;
     table.name = "amx";
     table.enter = enter;

@@ -8,6 +8,7 @@ void bind_prefix_cache(py::module_& module);
 void bind_rollout(py::module_& module);
 void bind_cpu_losses(py::module_& module);
 void bind_packing(py::module_& module);
+void bind_tree_attention(py::module_& module);
 }  // namespace gpo_fast
 
 PYBIND11_MODULE(_C, module) {
@@ -16,4 +17,5 @@ PYBIND11_MODULE(_C, module) {
     gpo_fast::bind_rollout(module);
     gpo_fast::bind_cpu_losses(module);
     gpo_fast::bind_packing(module);
+    gpo_fast::bind_tree_attention(module);
 }

@@ -3,8 +3,9 @@
 The model runs one row of tokens [1, N] in which key j is visible to query i exactly when j <= i < subtree_end[j]
 (`gpo_fast.packing.layout`). What a forward pass needs to know travels as the keyword argument `tree`.
 
-On a CPU no mask exists: attention is causal within each span of tokens and full within each block of (descendants,
-ancestors), and the parts are merged by their log-sum-exps s: with s = log(exp(s_a) + exp(s_b)),
+On a CPU with AMX, bfloat16 runs in C++ (csrc/cpu/tree_attention.h). Otherwise no mask exists on a CPU: attention is
+causal within each span of tokens and full within each block of (descendants, ancestors), and the parts are merged by
+their log-sum-exps s: with s = log(exp(s_a) + exp(s_b)),
 
     o = exp(s_a - s) o_a + exp(s_b - s) o_b
 
@@ -27,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from gpo_fast import _C
 from gpo_fast.rollout.engine import refuse_unsupported
 
 NAME = "gpo_fast_tree"
@@ -67,15 +69,85 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeShape, s
     if query.shape[0] != tree.subtree_end.shape[0]:
         raise ValueError(f"the tree has {tree.subtree_end.shape[0]} tokens, the query {query.shape[0]}")
     if query.device.type == "cpu":
-        out: Tensor = _BlockAttention.apply(query, key, value, tree, scale)  # type: ignore[no-untyped-call]  # torch has no annotation
+        native = _runs_in_cpp(query, key, value)
+        _announce(native, query.dtype, query.shape[-1])
+        function = _AmxAttention if native else _BlockAttention
+        out: Tensor = function.apply(query, key, value, tree, scale)  # type: ignore[no-untyped-call]  # torch has none
         return out
     if query.device.type == "cuda":
         return attend_flex(query, key, value, tree, scale, compiled_flex())
     raise ValueError(f"tree-packed training runs on cpu and cuda, got {query.device}: train with packing='padded'")
 
 
+def _runs_in_cpp(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    dtypes = {t.dtype for t in (query, key, value)}
+    return dtypes == {torch.bfloat16} and key.shape == value.shape and _C.tree_attention_supported(dim=query.shape[-1])
+
+
+@functools.cache
+def _announce(native: bool, dtype: torch.dtype, dim: int) -> None:
+    way = "C++ (amx)" if native else "torch's flash attention, part by part"
+    logger.info("tree attention of %s with heads of %d runs in %s", dtype, dim, way)
+
+
+class _AmxAttention(torch.autograd.Function):
+    """bfloat16 on a CPU with AMX: csrc/cpu/tree_attention.h."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: TreeShape, scale: float) -> Tensor:
+        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+        subtree_end = tree.subtree_end.to(torch.int32).contiguous()
+        out = torch.empty(query.shape, dtype=query.dtype)
+        lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32)
+        _C.tree_attention_forward(
+            _amx_inputs(query, key, value, subtree_end, scale),
+            out=out.data_ptr(),
+            lse=lse.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        ctx.scale = scale
+        ctx.save_for_backward(query, key, value, subtree_end, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        query, key, value, subtree_end, out, lse = ctx.saved_tensors
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        gradients = [torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value)]
+        _C.tree_attention_backward(
+            _amx_inputs(query, key, value, subtree_end, ctx.scale),
+            out=out.data_ptr(),
+            lse=lse.data_ptr(),
+            grad_out=_view(grad),
+            grad_query=gradients[0].data_ptr(),
+            grad_key=gradients[1].data_ptr(),
+            grad_value=gradients[2].data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        return (*gradients, None, None)
+
+
+def _view(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
+def _amx_inputs(query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor, scale: float) -> Any:
+    return _C.TreeAttentionInputs(
+        query=_view(query),
+        key=_view(key),
+        value=_view(value),
+        subtree_end=subtree_end.data_ptr(),
+        tokens=query.shape[0],
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        dim=query.shape[2],
+        scale=scale,
+    )
+
+
 class _BlockAttention(torch.autograd.Function):
-    """The CPU path: one call of torch's flash attention for each span and block."""
+    """The CPU path without AMX: one call of torch's flash attention for each span and block."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: TreeShape, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from trees import grow, packed_hidden
 
-from gpo_fast import tree_attention
+from gpo_fast import _C, tree_attention
 from gpo_fast.packing import PackedBatch
 from gpo_fast.tree_attention import TreeShape, attend_flex, tree_attention_of
 
@@ -73,6 +73,82 @@ def test_bfloat16_is_as_near_as_sdpa_with_the_dense_mask(native: bool, monkeypat
         ours = with_gradients(tree_attention.tree_attention, tensors, weights, tree, 0.3)
         excess.append(error(ours, truth) - error(with_gradients(sdpa, tensors, weights, tree, 0.3), truth))
     assert sum(excess) <= 0
+
+
+@pytest.fixture
+def amx() -> None:
+    if not _C.tree_attention_supported(dim=64):
+        pytest.skip("this machine lacks AMX")
+
+
+def assert_amx_is_exact(tree: TreeShape, heads: tuple[int, int], dim: int) -> None:
+    """Output and gradients are no farther from float64 than 1.5 times torch's flash attention of bfloat16, or 1e-2."""
+    shapes = [(len(tree.subtree_end), count, dim) for count in (heads[0], heads[1], heads[1])]
+    tensors = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    weights, scale = torch.randn(shapes[0]).bfloat16(), dim**-0.5
+    truth = with_gradients(dense, [t.detach().double().requires_grad_() for t in tensors], weights, tree, scale)
+    ours = with_gradients(tree_attention._AmxAttention.apply, tensors, weights, tree, scale)
+    flash = with_gradients(tree_attention._BlockAttention.apply, tensors, weights, tree, scale)
+    for found, peer, exact in zip(ours, flash, truth):
+        assert error([found], [exact]) <= max(1.5 * error([peer], [exact]), 1e-2)
+
+
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (8, 1)])
+def test_amx_is_as_near_as_flash_attention(heads: tuple[int, int], dim: int, amx: None) -> None:
+    for longest in (1, 5, 90):
+        assert_amx_is_exact(packed_tree(branches=12, longest=longest).tree, heads, dim)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 65, 129])
+def test_amx_of_one_line(length: int, amx: None) -> None:
+    ends = torch.full((length,), length, dtype=torch.int32)
+    assert_amx_is_exact(TreeShape(ends, [(0, length)], []), (3, 1), 64)
+
+
+def test_amx_serves_any_strides_and_threads_alike(amx: None) -> None:
+    tree = packed_tree(branches=12, longest=60).tree
+    count = len(tree.subtree_end)
+    dense_tensors = [torch.randn(count, heads, 64).bfloat16() for heads in (6, 2, 2)]
+    across = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in dense_tensors]
+    inside = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in dense_tensors]
+    weights = torch.randn(count, 6, 64).bfloat16()
+    threads = torch.get_num_threads()
+    results = []
+    for tensors, used in ((dense_tensors, 1), (across, 2), (inside, 3)):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        torch.set_num_threads(used)
+        try:
+            results.append(with_gradients(tree_attention.tree_attention, leaves, weights, tree, 0.125))
+        finally:
+            torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_amx_takes_large_scores_and_keeps_nan(amx: None) -> None:
+    length = 70
+    tree = TreeShape(torch.full((length,), length, dtype=torch.int32), [(0, length)], [])
+    tensors = [(torch.randn(length, 1, 32) * size).bfloat16() for size in (100, 100, 1)]
+    out = tree_attention.tree_attention(*tensors, tree, 1.0)
+    exact = dense(*(t.double() for t in tensors), tree, 1.0)
+    assert error([out], [exact]) <= 1e-2
+    tensors[0][40] = math.nan
+    spoiled = tree_attention.tree_attention(*tensors, tree, 1.0)
+    assert bool(spoiled[40].isnan().all())
+    assert torch.equal(spoiled[:40], out[:40])
+    assert torch.equal(spoiled[41:], out[41:])
+
+
+@pytest.mark.parametrize(("dim", "way"), [(64, "C++ (amx)"), (16, "torch's flash attention")])
+def test_the_log_says_once_which_path_runs(dim: int, way: str, amx: None, caplog: pytest.LogCaptureFixture) -> None:
+    tree = packed_tree().tree
+    tensors = [torch.randn(len(tree.subtree_end), heads, dim).bfloat16() for heads in (2, 1, 1)]
+    tree_attention._announce.cache_clear()
+    with caplog.at_level("INFO", logger="gpo_fast.tree_attention"):
+        for _ in range(2):
+            tree_attention.tree_attention(*tensors, tree, 1.0)
+    assert [way in message for message in caplog.messages].count(True) == 1
 
 
 def listed(counts: Tensor, indices: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ GPO_AMX inline void prefetch(const pair* rows) {
 
 // c (17 to 32, 32) = or += a (.., 32 steps) b, b being half of a panel; `ahead`: prefetch the panel.
 GPO_AMX inline void tall_block(const bf16* a, std::size_t lda, const pair* b, std::size_t steps, float* c,
-                               std::size_t ldc, bool accumulate, bool ahead) {
+                               std::size_t ldc, bool accumulate, bool ahead = false) {
     const std::size_t a_bytes = lda * sizeof(bf16), b_bytes = kPanel * sizeof(pair), c_bytes = ldc * sizeof(float);
     finish_stores();
     if (accumulate) {
@@ -110,7 +110,7 @@ GPO_AMX inline void tall_block(const bf16* a, std::size_t lda, const pair* b, st
 
 // c (1 to 16, 64) = or += a (.., 32 steps) b, b being a whole panel.
 GPO_AMX inline void flat_block(const bf16* a, std::size_t lda, const pair* b, std::size_t steps, float* c,
-                               std::size_t ldc, bool accumulate, bool ahead) {
+                               std::size_t ldc, bool accumulate, bool ahead = false) {
     const std::size_t a_bytes = lda * sizeof(bf16), b_bytes = kPanel * sizeof(pair), c_bytes = ldc * sizeof(float);
     finish_stores();
     if (accumulate) {

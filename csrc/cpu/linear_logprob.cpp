@@ -7,11 +7,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -19,6 +16,7 @@
 #include <vector>
 
 #include "cpu/amx.h"
+#include "cpu/buffer.h"
 #include "cpu/linear_logprob_gemm.h"
 
 namespace gpo_fast::cpu {
@@ -96,25 +94,6 @@ class Products {
 #if defined(GPO_HAS_AMX)
     std::optional<AmxTiles> tiles_;
 #endif
-};
-
-// 64-byte aligned storage; not initialised unless `zero`.
-template <typename T>
-class Buffer {
-  public:
-    explicit Buffer(std::size_t count, bool zero = false) {
-        if (count == 0) return;
-        data_.reset(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T), 64))));
-        if (!data_) throw std::bad_alloc();
-        if (zero) std::memset(data_.get(), 0, count * sizeof(T));
-    }
-    T* get() const { return data_.get(); }
-
-  private:
-    struct Free {
-        void operator()(T* pointer) const { std::free(pointer); }
-    };
-    std::unique_ptr<T, Free> data_;
 };
 
 // Distance between rows of `count` numbers such that it is an odd number of cache lines: a column of the rows then

@@ -65,9 +65,13 @@ class TreeShape:
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeShape, scale: float) -> Tensor:
-    """query [N, heads, dim], key and value [N, kv heads, dim] -> [N, heads, dim], in the dtype of the query."""
+    """query [N, heads, dim], key and value [N, kv heads, dim] -> [N, heads, dim], in the dtype of the query.
+
+    Within autocast that is autocast's dtype, as with torch's `scaled_dot_product_attention`.
+    """
     if query.shape[0] != tree.subtree_end.shape[0]:
         raise ValueError(f"the tree has {tree.subtree_end.shape[0]} tokens, the query {query.shape[0]}")
+    query, key, value = (_autocast(t) for t in (query, key, value))
     if query.device.type == "cpu":
         native = _runs_in_cpp(query, key, value)
         _announce(native, query.dtype, query.shape[-1])
@@ -77,6 +81,14 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeShape, s
     if query.device.type == "cuda":
         return attend_flex(query, key, value, tree, scale, compiled_flex())
     raise ValueError(f"tree-packed training runs on cpu and cuda, got {query.device}: train with packing='padded'")
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """Rotary embeddings leave float32 queries and keys beside bfloat16 values."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _runs_in_cpp(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -151,6 +151,22 @@ def test_the_log_says_once_which_path_runs(dim: int, way: str, amx: None, caplog
     assert [way in message for message in caplog.messages].count(True) == 1
 
 
+def test_autocast_casts_as_sdpa_does() -> None:
+    tree = packed_tree().tree
+    tensors = [torch.randn(len(tree.subtree_end), heads, 64, requires_grad=True) for heads in (6, 2, 2)]
+    rounded = [t.detach().bfloat16().requires_grad_() for t in tensors]
+    weights = torch.randn(len(tree.subtree_end), 6, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = [tensors[0], tensors[1], tensors[2].bfloat16()]
+        out = tree_attention.tree_attention(*mixed, tree, 0.125)
+        assert out.dtype == sdpa(*mixed, tree, 0.125).dtype == torch.bfloat16
+    expected = with_gradients(tree_attention.tree_attention, rounded, weights, tree, 0.125)
+    assert torch.equal(out, expected[0])
+    for gradient, exact in zip(torch.autograd.grad((out * weights).sum(), tensors), expected[1:]):
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, exact.float())
+
+
 def listed(counts: Tensor, indices: Tensor) -> Tensor:
     """Block lists as a mask [query blocks, key blocks]."""
     mask = torch.zeros(indices.shape[-2:], dtype=torch.bool)

@@ -3,6 +3,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 warns about its own `_mm512_undefined_ps` wherever it inlines the intrinsics that use it.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #include <algorithm>
@@ -38,16 +39,6 @@ constexpr std::size_t kRows = kAmxRows;   // tokens of a left operand
 constexpr std::size_t kColumns = kPanel;  // tokens of a right operand
 
 std::size_t tiles_of(std::size_t tokens, std::size_t tile) { return (tokens + tile - 1) / tile; }
-
-// Runs work(0) .. work(count - 1), each on one of the threads, with tile registers of its own.
-template <typename Work>
-void for_each_task(std::int64_t count, int threads, const Work& work) {
-    Tasks tasks;
-    run_parallel(threads, [&](int) {
-        const AmxTiles tiles;
-        for (std::int64_t task; tasks.take(count, task);) work(static_cast<std::size_t>(task));
-    });
-}
 
 enum class Seen { kNone, kSome, kAll };
 
@@ -131,6 +122,17 @@ struct alignas(64) Scratch {
     bf16 weights[2][kRows * kColumns];
     float sum[2][kRows * kMaxDim];
 };
+
+// Runs work(0, scratch) .. work(count - 1, scratch), each on one of the threads, which has its own tile registers.
+template <typename Work>
+void for_each_task(std::int64_t count, int threads, const Work& work) {
+    Tasks tasks;
+    run_parallel(threads, [&](int) {
+        const AmxTiles tiles;
+        const std::unique_ptr<Scratch> scratch(new Scratch);  // not zeroed, as make_unique would
+        for (std::int64_t task; tasks.take(count, task);) work(static_cast<std::size_t>(task), *scratch);
+    });
+}
 
 // 32 rows of one head from token `first` on; rows behind the last token are zeros.
 void load_rows(const HeadsView& view, std::size_t head, std::size_t first, std::size_t tokens, std::size_t dim,
@@ -355,14 +357,13 @@ void tree_attention_forward(const TreeAttentionInputs& in, bf16* out, float* lse
     const std::size_t tiles = tiles_of(in.tokens, kRows);
     const Visibility visibility(in.subtree_end, in.tokens);
     RightOperand key(in.tokens, in.kv_heads, in.dim), value(in.tokens, in.kv_heads, in.dim);
-    for_each_task(in.kv_heads * key.tiles, threads, [&](std::size_t task) {
+    for_each_task(in.kv_heads * key.tiles, threads, [&](std::size_t task, Scratch&) {
         key.pack(in.key, task / key.tiles, task % key.tiles);
         value.pack(in.value, task / key.tiles, task % key.tiles);
     });
-    for_each_task(in.heads * tiles, threads, [&](std::size_t task) {
-        const auto scratch = std::make_unique<Scratch>();
+    for_each_task(in.heads * tiles, threads, [&](std::size_t task, Scratch& scratch) {
         const std::size_t last_first = tiles - 1 - task % tiles;  // long tasks come first
-        forward_tile(in, visibility, key, value, task / tiles, last_first * kRows, *scratch, out, lse);
+        forward_tile(in, visibility, key, value, task / tiles, last_first * kRows, scratch, out, lse);
     });
 }
 
@@ -375,7 +376,7 @@ void tree_attention_backward(const TreeAttentionInputs& in, const bf16* out, con
     RightOperand key(in.tokens, in.kv_heads, in.dim), value(in.tokens, in.kv_heads, in.dim);
     RightOperand query(in.tokens, in.heads, in.dim), grad(in.tokens, in.heads, in.dim);
     RowSums rows(in.heads, query.tiles * kColumns);
-    for_each_task((in.heads + in.kv_heads) * query.tiles, threads, [&](std::size_t task) {
+    for_each_task((in.heads + in.kv_heads) * query.tiles, threads, [&](std::size_t task, Scratch&) {
         const std::size_t head = task / query.tiles, tile = task % query.tiles;
         if (head < static_cast<std::size_t>(in.heads)) {
             query.pack(in.query, head, tile);
@@ -387,14 +388,13 @@ void tree_attention_backward(const TreeAttentionInputs& in, const bf16* out, con
         }
     });
     const std::size_t key_tasks = in.kv_heads * tiles, query_tasks = in.heads * tiles;
-    for_each_task(key_tasks + query_tasks, threads, [&](std::size_t task) {
-        const auto scratch = std::make_unique<Scratch>();
+    for_each_task(key_tasks + query_tasks, threads, [&](std::size_t task, Scratch& scratch) {
         if (task < key_tasks) {
-            backward_key_tile(in, visibility, query, grad, rows, task / tiles, task % tiles * kRows, *scratch, grad_key,
+            backward_key_tile(in, visibility, query, grad, rows, task / tiles, task % tiles * kRows, scratch, grad_key,
                               grad_value);
         } else {
             const std::size_t place = task - key_tasks, last_first = tiles - 1 - place % tiles;
-            backward_query_tile(in, visibility, key, value, rows, grad_out, place / tiles, last_first * kRows, *scratch,
+            backward_query_tile(in, visibility, key, value, rows, grad_out, place / tiles, last_first * kRows, scratch,
                                 grad_query);
         }
     });

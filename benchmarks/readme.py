@@ -22,6 +22,7 @@ BENCHMARKS = {
     "critical_speed": "critical",
     "critical_real": "critical_real",
     "loss": "loss",
+    "tree_training": "tree_training",
     "prefix_cache": "prefix_cache",
 }
 

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpo_fast.bench.common import floors, machine
+from gpo_fast.bench.common import ReadmeRow, floors, human, machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -403,6 +403,29 @@ def show(case: Case, result: dict[str, dict[str, Any]]) -> None:
             f"{row['gradient_distance']:.1e}",
         )
     Console(width=130).print(table)
+
+
+GOAL = 0.85  # share of the token ratio that the time ratio to a padded batch reaches
+
+
+def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
+    """Each case against its peers."""
+    settings = result["settings"]
+    rows = []
+    for case, ways in result["results"].items():
+        ours, padded = ways["tree (ours)"], ways["padded"]
+        share = f"{padded['token_ratio']:.2f} x the tokens (share {padded['share']:.2f})"
+        others = "; ".join(f"{name} {ways[name]['time_ratio']:.2f} x as long" for name in ("unshared", "one level"))
+        rows.append(
+            ReadmeRow(
+                f"a training step of {case}, {settings['model']}, {settings['dtype']}, {settings['device']}",
+                f"tree_training.py --only {settings['only']} --repeats {settings['repeats']}",
+                f"{human(ours['seconds'])}; padded {padded['time_ratio']:.2f} x as long for {share}; {others}",
+                f"share {GOAL}",
+                padded["share"] < GOAL,
+            )
+        )
+    return rows
 
 
 def main() -> None:

@@ -25,7 +25,7 @@
 namespace gpo_fast::cpu {
 
 // Whether this CPU has AMX with BF16 and the kernel lets this process use it (it is asked once).
-inline bool amx_supported() {
+inline bool amx_supported() noexcept {
     static const bool supported = [] {
         unsigned eax, ebx, ecx, edx;
         if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
@@ -193,7 +193,7 @@ GPO_AMX inline void amx_multiply(const bf16* a, std::size_t lda, std::size_t row
 #else
 
 namespace gpo_fast::cpu {
-inline bool amx_supported() { return false; }
+inline bool amx_supported() noexcept { return false; }
 }  // namespace gpo_fast::cpu
 
 #endif  // __x86_64__ && __linux__

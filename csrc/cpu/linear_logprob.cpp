@@ -25,7 +25,7 @@ namespace {
 
 enum class Instructions { kNone, kAvx512, kAmx };
 
-bool has_avx512() {
+bool has_avx512() noexcept {
 #if defined(__x86_64__)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

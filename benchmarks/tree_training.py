@@ -456,7 +456,7 @@ def main() -> None:
             results[case.name] = measure(model, case, args.repeats, args.dtype == "bf16", args.device)
             show(case, results[case.name])
     if args.json:
-        settings = {k: str(v) for k, v in vars(args).items()}
+        settings = {k: str(v) for k, v in vars(args).items() if k != "json"}
         record = {"machine": machine(), "floors": floors(args.device), "settings": settings, "results": results}
         args.json.write_text(json.dumps(record, indent=1))
 

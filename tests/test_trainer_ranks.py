@@ -110,7 +110,7 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(tmp_path: Path) 
     assert ranks[0].returncode == 1
     assert "process 0 of 2 lost contact with the others" in said
     assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"
-    run(2, "train", str(tmp_path), "6")
+    run("2", "train", str(tmp_path), "6")
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
 

@@ -255,13 +255,7 @@ class GPOConfig(TrainingArguments):
 
     def splitter(self) -> StepSplitter:
         """How trajectories are split into steps."""
-        return StepSplitter(
-            self.step_splitter,
-            pattern=self.step_pattern,
-            min_tokens=self.min_step_tokens,
-            max_steps=self.max_steps_per_trajectory,
-            min_steps=self.min_steps_per_trajectory,
-        )
+        return splitter_of(self)
 
     def sampling_params(self, **changes: Any) -> SamplingParams:
         """How completions are drawn in training."""
@@ -338,6 +332,17 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple[Ru
         values[name] = _number_of_text(values[name], typing.get_type_hints(GPOConfig)[name])
     spec = RunSpec(**{k: v for k, v in values.items() if k in spec_fields})
     return spec, GPOConfig(**{k: v for k, v in values.items() if k in config_fields})
+
+
+def splitter_of(config: Any) -> StepSplitter:
+    """The splitter that the options of a configuration describe, ours or that of the TRL door."""
+    return StepSplitter(
+        config.step_splitter,
+        pattern=config.step_pattern,
+        min_tokens=config.min_step_tokens,
+        max_steps=config.max_steps_per_trajectory,
+        min_steps=config.min_steps_per_trajectory,
+    )
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -66,6 +66,13 @@ namespace amx {
 // gcc's tile intrinsics do not tell the compiler that they read memory.
 inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
+GPO_AMX inline void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
 // Asks for the whole width of a panel two steps ahead of `rows`. Tiles are loaded in lines that the hardware does not
 // foresee: a panel that comes from memory is read a fifth faster this way.
 GPO_AMX inline void prefetch(const pair* rows) {
@@ -86,10 +93,7 @@ GPO_AMX inline void tall_block(const bf16* a, std::size_t lda, const pair* b, st
         _tile_loadd(2, c + 16 * ldc, c_bytes);
         _tile_loadd(3, c + 16 * ldc + 16, c_bytes);
     } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
     }
     for (std::size_t step = 0; step < steps; ++step) {
         if (ahead) prefetch(b + step * kAmxPairs * kPanel);
@@ -119,10 +123,7 @@ GPO_AMX inline void flat_block(const bf16* a, std::size_t lda, const pair* b, st
         _tile_loadd(2, c + 32, c_bytes);
         _tile_loadd(3, c + 48, c_bytes);
     } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
     }
     for (std::size_t step = 0; step < steps; ++step) {
         const pair* rows = b + step * kAmxPairs * kPanel;

@@ -117,10 +117,7 @@ GPO_AMX inline void pack_queries(const AttentionPiece& piece, PieceArrays& array
 GPO_AMX inline void multiply_block(const bf16* a, int64_t lda, const pair* b, int64_t ldb, int64_t steps, bool wide,
                                    float* c, int64_t ldc) {
     finish_stores();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     for (int64_t step = 0; step < steps; ++step) {
         const bf16* left = a + step * 32;
         const pair* right = b + step * 16 * ldb;
@@ -167,20 +164,6 @@ GPO_AMX inline void score_keys(const AttentionPiece& piece, PieceArrays& arrays)
     }
 }
 
-// e^x for x <= 0, to 3e-7 of it; Cody and Waite's reduction, Taylor's terms to the fifth.
-GPO_AMX inline __m512 exp_of(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 120);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
-
 inline void cap_scores(const AttentionPiece& piece, PieceArrays& arrays) {
     for (int64_t i = 0; i < piece.count * arrays.rows; ++i)
         arrays.scores[i] = piece.softcap * std::tanh(arrays.scores[i] * piece.scale / piece.softcap);
@@ -211,7 +194,7 @@ GPO_AMX inline void weigh(const AttentionPiece& piece, PieceArrays& arrays, int6
         for (int64_t i = 0; i < 2; ++i) {
             const __mmask16 sees = _mm512_cmpgt_epi32_mask(shown, _mm512_set1_epi32(static_cast<int>(t + i)));
             const __m512 score = _mm512_load_ps(scores + (t + i) * arrays.rows);
-            weight[i] = _mm512_maskz_mov_ps(sees, exp_of(_mm512_fmsub_ps(score, scale, highest)));
+            weight[i] = _mm512_maskz_mov_ps(sees, exp_ps(_mm512_fmsub_ps(score, scale, highest)));
             total = _mm512_add_ps(total, weight[i]);
         }
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(weight[1], weight[0]);

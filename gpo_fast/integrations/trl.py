@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from gpo_fast.config import one_of
+from gpo_fast.config import one_of, splitter_of
 from gpo_fast.critical import CriticalStep, CriticalStepFinder
 from gpo_fast.critical.finder import OutcomeReward, check_options
 from gpo_fast.data import is_conversation
@@ -119,13 +119,7 @@ class GPOConfig(GRPOConfig):
 
     def splitter(self) -> StepSplitter:
         """How trajectories are split into steps."""
-        return StepSplitter(
-            self.step_splitter,
-            pattern=self.step_pattern,
-            min_tokens=self.min_step_tokens,
-            max_steps=self.max_steps_per_trajectory,
-            min_steps=self.min_steps_per_trajectory,
-        )
+        return splitter_of(self)
 
     @property
     def num_resets(self) -> int:

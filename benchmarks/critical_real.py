@@ -50,6 +50,7 @@ LARGEST_N, SMALLER_N = 12, (2, 4, 8)
 CHECK_N, CHECK_SEED = 32, 10_000
 SEARCHES: dict[str, dict[str, Any]] = {
     f"uniform N={LARGEST_N}": {"n_samples": LARGEST_N},
+    "racing N=2": {"n_samples": 2, "estimator": "racing"},
     "racing N=4": {"n_samples": 4, "estimator": "racing"},
     "racing N=12": {"n_samples": 12, "estimator": "racing"},
     "bisect N=4": {"n_samples": 4, "estimator": "bisect"},

@@ -12,6 +12,8 @@ Peers, all with the same model, head and loss:
 - one level: the longest prefix that all branches of a tree share once, then the rest of each branch behind it, with
   torch's scaled_dot_product_attention: the way of PrefixGrouper (arXiv 2506.05433), written afresh.
 
+A peer whose tokens do not fit one pass (`--pass-tokens`) takes several, whose gradients add up; ours takes one.
+
 `share` is time ratio / token ratio: 1 if each token saved were time saved. It cannot be 1, since packing saves no work
 in the output head (which runs on loss tokens alone, in every way) and less of the attention than of the tokens (a
 branch still reads its ancestors' keys): `FLOP ratio` is the ratio of the operations that each way has to do.
@@ -170,46 +172,71 @@ class Way:
         return prefix * (prefix + 1) // 2 + count * width * (prefix + width)
 
 
-def tree_way(case: Case, device: str) -> Way:
-    packed = pack_forest(case.forest, case.branches)
+def tree_way(case: Case, device: str, pass_tokens: int) -> Way:
+    """Ours; one pass, whatever its length."""
+    way = Way("tree", [], [], [], [], [])
+    _add_pass(way, case.forest, case.branches, device)
+    return way
+
+
+def _add_pass(way: Way, forest: TokenForest, branches: list[int], device: str) -> None:
+    packed = pack_forest(forest, branches)
     packed = (packed.filled() if device == "cuda" else packed).to(device)
-    inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "tree": packed.tree}
-    return Way("tree", [inputs], [packed.rows], [packed.targets], [packed.sequence_ids], [packed.shared])
+    way.inputs.append({"input_ids": packed.input_ids, "position_ids": packed.position_ids, "tree": packed.tree})
+    way.rows.append(packed.rows)
+    way.targets.append(packed.targets)
+    way.sequence_ids.append(packed.sequence_ids)
+    way.shared.append(packed.shared)
 
 
-def unshared_way(case: Case, device: str) -> Way:
-    apart = TokenForest()
-    branches = []
-    for branch in case.branches:
-        node, path = case.forest.nodes[branch], case.forest.path(branch)
-        branches.append(apart.branch(apart.add_prompt(path[: node.start]), node.start, node.token_ids))
-    return tree_way(Case(case.name, apart, branches), device)
+def unshared_way(case: Case, device: str, pass_tokens: int) -> Way:
+    way = Way("tree", [], [], [], [], [])
+    for branches in _passes(case.branches, [case.forest.nodes[b].end for b in case.branches], pass_tokens):
+        apart = TokenForest()
+        for branch in branches:
+            node, path = case.forest.nodes[branch], case.forest.path(branch)
+            apart.branch(apart.add_prompt(path[: node.start]), node.start, node.token_ids)
+        _add_pass(way, apart, apart.leaves(), device)
+    return way
 
 
-def padded_way(case: Case, device: str) -> Way:
-    paths = [case.forest.path(b) for b in case.branches]
-    width = max(map(len, paths))
-    ids = torch.tensor([path + [0] * (width - len(path)) for path in paths], device=device)
-    starts = [case.forest.nodes[b].start for b in case.branches]
-    rows = [i * width + torch.arange(s - 1, len(p) - 1) for i, (p, s) in enumerate(zip(paths, starts))]
-    lengths = torch.tensor([len(r) for r in rows])
-    targets = torch.tensor([t for b in case.branches for t in case.forest.nodes[b].token_ids], device=device)
-    positions = torch.arange(width, device=device).expand(len(paths), -1)
-    return Way(
-        "sdpa",
-        [{"input_ids": ids, "position_ids": positions}],
-        [torch.cat(rows).to(device)],
-        [targets],
-        [torch.repeat_interleave(lengths).to(device)],
-        [None],
-    )
+def _passes(branches: list[int], sizes: list[int], pass_tokens: int) -> list[list[int]]:
+    """The branches in turn, as many to a pass as its tokens allow."""
+    passes: list[list[int]] = []
+    used = pass_tokens
+    for branch, size in zip(branches, sizes):
+        if used + size > pass_tokens:
+            passes.append([])
+            used = 0
+        passes[-1].append(branch)
+        used += size
+    return passes
+
+
+def padded_way(case: Case, device: str, pass_tokens: int) -> Way:
+    way = Way("sdpa", [], [], [], [], [])
+    longest = max(case.forest.nodes[b].end for b in case.branches)
+    for branches in _passes(case.branches, [longest] * len(case.branches), pass_tokens):
+        paths = [case.forest.path(b) for b in branches]
+        width = max(map(len, paths))
+        ids = torch.tensor([path + [0] * (width - len(path)) for path in paths], device=device)
+        starts = [case.forest.nodes[b].start for b in branches]
+        rows = [i * width + torch.arange(s - 1, len(p) - 1) for i, (p, s) in enumerate(zip(paths, starts))]
+        lengths = torch.tensor([len(r) for r in rows])
+        positions = torch.arange(width, device=device).expand(len(paths), -1)
+        way.inputs.append({"input_ids": ids, "position_ids": positions})
+        way.rows.append(torch.cat(rows).to(device))
+        way.targets.append(torch.tensor([t for b in branches for t in case.forest.nodes[b].token_ids], device=device))
+        way.sequence_ids.append(torch.repeat_interleave(lengths).to(device))
+        way.shared.append(None)
+    return way
 
 
 ONE_LEVEL = "benchmark_one_level"
 
 
-def one_level_way(case: Case, device: str) -> Way:
-    """A forward pass for each tree: [prefix, the rest of each branch padded to the longest]."""
+def one_level_way(case: Case, device: str, pass_tokens: int) -> Way:
+    """Forward passes for each tree: [prefix, the rest of each branch padded to the longest]."""
     trees: dict[int, list[int]] = {}
     for branch in case.branches:
         root = branch
@@ -217,31 +244,36 @@ def one_level_way(case: Case, device: str) -> Way:
             root = case.forest.nodes[root].parent
         trees.setdefault(root, []).append(branch)
     way = Way(ONE_LEVEL, [], [], [], [], [])
-    for branches in trees.values():
-        paths = [case.forest.path(b) for b in branches]
-        prefix = min(len(p) for p in paths)
+    for tree in trees.values():
         # What all share; the last shared token is the first that a suffix may differ after.
-        prefix = min(prefix, *(case.forest.nodes[b].start for b in branches))
-        suffixes = [p[prefix:] for p in paths]
-        width = max(map(len, suffixes))
-        ids = [*paths[0][:prefix], *(t for s in suffixes for t in s + [0] * (width - len(s)))]
-        positions = [*range(prefix), *(d for _ in suffixes for d in range(prefix, prefix + width))]
-        rows, sequence = [], []
-        for i, branch in enumerate(branches):
-            node = case.forest.nodes[branch]
-            first = prefix + i * width + node.start - prefix
-            own = torch.arange(first - 1, first - 1 + len(node.token_ids))
-            if node.start == prefix:
-                own[0] = prefix - 1
-            rows.append(own)
-            sequence.append(torch.full((len(own),), i))
-        inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
-        way.inputs.append({k: v.to(device) for k, v in inputs.items()} | {"shape": (prefix, len(branches), width)})
-        way.rows.append(torch.cat(rows).to(device))
-        way.targets.append(torch.tensor([t for b in branches for t in case.forest.nodes[b].token_ids], device=device))
-        way.sequence_ids.append(torch.cat(sequence).to(device))
-        way.shared.append(None)
+        prefix = min(case.forest.nodes[b].start for b in tree)
+        rest = max(case.forest.nodes[b].end for b in tree) - prefix
+        for branches in _passes(tree, [rest] * len(tree), pass_tokens - prefix):
+            _add_one_level(way, case.forest, branches, prefix, device)
     return way
+
+
+def _add_one_level(way: Way, forest: TokenForest, branches: list[int], prefix: int, device: str) -> None:
+    paths = [forest.path(b) for b in branches]
+    suffixes = [p[prefix:] for p in paths]
+    width = max(map(len, suffixes))
+    ids = [*paths[0][:prefix], *(t for s in suffixes for t in s + [0] * (width - len(s)))]
+    positions = [*range(prefix), *(d for _ in suffixes for d in range(prefix, prefix + width))]
+    rows, sequence = [], []
+    for i, branch in enumerate(branches):
+        node = forest.nodes[branch]
+        first = prefix + i * width + node.start - prefix
+        own = torch.arange(first - 1, first - 1 + len(node.token_ids))
+        if node.start == prefix:
+            own[0] = prefix - 1
+        rows.append(own)
+        sequence.append(torch.full((len(own),), i))
+    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+    way.inputs.append({k: v.to(device) for k, v in inputs.items()} | {"shape": (prefix, len(branches), width)})
+    way.rows.append(torch.cat(rows).to(device))
+    way.targets.append(torch.tensor([t for b in branches for t in forest.nodes[b].token_ids], device=device))
+    way.sequence_ids.append(torch.cat(sequence).to(device))
+    way.shared.append(None)
 
 
 def _one_level_attention(
@@ -307,7 +339,7 @@ def step(model: Any, way: Way, autocast: bool, device: str) -> float:
     return total
 
 
-WAYS: dict[str, Callable[[Case, str], Way]] = {
+WAYS: dict[str, Callable[[Case, str, int], Way]] = {
     "tree (ours)": tree_way,
     "padded": padded_way,
     "unshared": unshared_way,
@@ -315,9 +347,11 @@ WAYS: dict[str, Callable[[Case, str], Way]] = {
 }
 
 
-def measure(model: Any, case: Case, repeats: int, autocast: bool, device: str) -> dict[str, dict[str, Any]]:
+def measure(
+    model: Any, case: Case, repeats: int, autocast: bool, device: str, pass_tokens: int
+) -> dict[str, dict[str, Any]]:
     """Times of the ways, taken in turn, after one turn that is not counted and compares their gradients."""
-    ways = {name: make(case, device) for name, make in WAYS.items()}
+    ways = {name: make(case, device, pass_tokens) for name, make in WAYS.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, int] = {}
     reference: Tensor | None = None
@@ -405,6 +439,18 @@ def show(case: Case, result: dict[str, dict[str, Any]]) -> None:
     Console(width=130).print(table)
 
 
+def packing_times(repeats: int) -> dict[str, Any]:
+    """Seconds of `pack_forest` for 512 branches of 1,024 tokens each on one prompt: 524,352 unique tokens."""
+    case = grouped_case("packing", 64, 512, 1024, random.Random(0))
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        pack_forest(case.forest, case.branches)
+        times.append(time.perf_counter() - start)
+    return {"branches": 512, "unique_tokens": case.forest.unique_tokens, "seconds": statistics.median(times[1:])}
+
+
+PACKING_GOAL = 5e-3  # seconds
 GOAL = 0.85  # share of the token ratio that the time ratio to a padded batch reaches
 
 
@@ -412,6 +458,12 @@ def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
     """Each case against its peers."""
     settings = result["settings"]
     rows = []
+    if packing := result.get("packing"):
+        text = f"packing {packing['branches']} branches of 1,024 tokens"
+        seconds = packing["seconds"]
+        rows.append(
+            ReadmeRow(text, "tree_training.py --packing", human(seconds), human(PACKING_GOAL), seconds > PACKING_GOAL)
+        )
     for case, ways in result["results"].items():
         ours, padded = ways["tree (ours)"], ways["padded"]
         share = f"{padded['token_ratio']:.2f} x the tokens (share {padded['share']:.2f})"
@@ -437,23 +489,34 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="shortens all lengths")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--packing", action="store_true", help="only the time that packing 512 branches takes")
     parser.add_argument("--only", type=int, help="the number of one case, from 0")
     parser.add_argument("--unique-tokens", type=int, help="GPO trees of about so many tokens instead of the four cases")
+    parser.add_argument(
+        "--pass-tokens", type=int, help="tokens in a pass of the peers; default: 10,240 on a CPU, 65,536 on CUDA"
+    )
     parser.add_argument("--quick", action="store_true", help="a small model, short trees, two repeats")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = parser.parse_args()
     if args.quick:
         args.model, args.scale, args.repeats = "small", args.scale / 8, 2
     torch.set_num_threads(args.threads)
+    if args.packing:
+        record = {"machine": machine(), "packing": packing_times(50), "settings": {}, "results": {}}
+        print(f"packing 512 branches of 1,024 tokens: {human(record['packing']['seconds'])}")
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=1))
+        return
     torch.manual_seed(0)
     shape = dict(MODELS[args.model])
     if args.layers:
         shape["num_hidden_layers"] = args.layers
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.pop("kind"), **shape)).to(args.device).train()
+    pass_tokens = args.pass_tokens or (10_240 if args.device == "cpu" else 65_536)
     results = {}
     for number, case in enumerate(cases(args.scale, args.unique_tokens)):
         if args.only is None or number == args.only:
-            results[case.name] = measure(model, case, args.repeats, args.dtype == "bf16", args.device)
+            results[case.name] = measure(model, case, args.repeats, args.dtype == "bf16", args.device, pass_tokens)
             show(case, results[case.name])
     if args.json:
         settings = {k: str(v) for k, v in vars(args).items() if k != "json"}

@@ -43,7 +43,7 @@ def policy_objective(
         advantages=batch.advantages,
         sequence_ids=batch.sequence_ids,
         shared=batch.shared,
-        old_logprobs=batch.per_token("sampling_logprobs") if args.uses_old_logprobs else None,
+        old_logprobs=batch.per_token("old_logprobs_of_tokens") if args.uses_old_logprobs else None,
         ref_logprobs=reference,
         num_sequences=max(1, totals.sequences),
         num_tokens=max(1, totals.tokens),

@@ -373,6 +373,8 @@ class GPOTrainer(Trainer):
         experience = self.sampler.collect(inputs, seed, self.train_dataset)
         self._forest = experience.forest
         experience.metrics |= self._estimate_values(experience.rows)
+        if self.args.steps_per_generation > 1 and not self.args.learns_from_pairs:
+            self._compute_old_logprobs(experience.rows)
         if self.replay is not None:
             new = [row for row in experience.rows if row.kind != "base"]
             count = round(self.args.replay_ratio * len(new))
@@ -381,6 +383,14 @@ class GPOTrainer(Trainer):
             experience.metrics["num_replayed"] = float(len(replayed))
             self.replay.add(new)
         return experience
+
+    def _compute_old_logprobs(self, rows: Sequence[TrainingRow]) -> None:
+        """By the forward pass that the updates will make, before the first of them: rounding then cancels in the ratio,
+        which the sampler's log-probabilities would not give in bfloat16."""
+        for batch in self._batches([row for row in rows if row.token_ids]):
+            logprobs = self._logprobs(batch, reference=False)
+            for row, own in zip(batch.rows, logprobs.split(batch.lengths)):
+                row.old_logprobs = own.tolist()
 
     def _minibatches(self, rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
         """Each of the `steps_per_generation` minibatches gets its share of the rows."""

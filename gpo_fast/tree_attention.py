@@ -1,7 +1,7 @@
 """Attention over a packed forest, registered with transformers as "gpo_fast_tree".
 
 The model runs one row of tokens [1, N] in which key j is visible to query i exactly when j <= i < subtree_end[j]
-(`gpo_fast.packing.layout`). What a forward pass needs to know travels as the keyword argument `tree`.
+(csrc/packing.h). What a forward pass needs to know travels as the keyword argument `tree`.
 
 On a CPU with AMX, bfloat16 runs in C++ (csrc/cpu/tree_attention.h). Otherwise no mask exists on a CPU: attention is
 causal within each span of tokens and full within each block of (descendants, ancestors), and the parts are merged by

@@ -689,31 +689,33 @@ def test_the_extension_refuses_wrong_types(wrong: Any) -> None:
         cache.check_integrity()
 
 
-def test_the_packer_refuses_runs_and_losses_outside_of_the_row() -> None:
-    names = (
-        "input_ids",
-        "position_ids",
-        "rows",
-        "row_offsets",
-        "pair_targets",
-        "pair_of_token",
-        "targets",
-        "sequence_ids",
-    )
-    arrays = {name: torch.zeros(8, dtype=torch.int64) for name in names}
-    addresses = {name: array.data_ptr() for name, array in arrays.items()}
-    tokens = [np.arange(4, dtype=np.int32)]
+def test_the_packer_refuses_what_is_no_forest() -> None:
+    def layout(*nodes: tuple[int, int, int], branches: Any = (1,), starts: Any = (3,)) -> Any:
+        return _C.PackedLayout(np.array(nodes), list(branches), list(starts))
 
-    def fill(run: tuple[int, int, int, int], loss: tuple[int, int, int]) -> Any:
-        return _C.fill_packed_arrays(np.array([run]), tokens, np.array([loss]), 4, addresses)
-
-    assert fill((0, 4, -1, 0), (1, 4, 0)) == (3, 3)
-    for run in ((0, 5, -1, 0), (-1, 3, -1, 0), (2, 2, -1, 0), (0, 4, 4, 0), (0, 4, -2, 0)):
-        with pytest.raises(ValueError, match="a run"):
-            fill(run, (1, 4, 0))
-    for loss in ((1, 5, 0), (-1, 2, 0), (3, 2, 0)):
-        with pytest.raises(ValueError, match="a range"):
-            fill((0, 4, -1, 0), loss)
+    good = layout((-1, 0, 3), (0, 3, 5))
+    assert (good.tokens, good.losses) == (5, 2)
+    for nodes in (
+        ((-1, 1, 3), (0, 3, 5)),  # a prompt from depth 1
+        ((-1, 0, 3), (1, 3, 5)),  # its own parent
+        ((-1, 0, 3), (-2, 3, 5)),
+        ((-1, 0, 3), (0, 4, 5)),  # begins behind a gap
+        ((-1, 0, 3), (0, 0, 5)),  # before its parent
+        ((-1, 0, 3), (0, 3, 2)),  # ends before it begins
+    ):
+        with pytest.raises(ValueError, match="must be a prompt from depth 0, or begin within"):
+            layout(*nodes)
+    with pytest.raises(ValueError, match=r"nodes must be \(nodes, 3\)"):
+        _C.PackedLayout(np.zeros(3, dtype=np.int64), [1], [3])
+    tokens = [np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int32)]
+    for wrong, error, message in (
+        (tokens[:1], ValueError, "each node needs tokens"),
+        ([[0, 1, 2], tokens[1]], TypeError, "must be a numpy array"),
+        ([tokens[0].astype(np.int64), tokens[1]], ValueError, "contiguous int32 array"),
+        ([tokens[0], tokens[1][:1]], ValueError, "of at least its length"),
+    ):
+        with pytest.raises(error, match=message):
+            good.fill(wrong, {})
 
 
 def plan(**changes: Any) -> Any:

@@ -255,6 +255,22 @@ def test_a_tree_that_was_cut_has_the_gradients_of_the_whole() -> None:
         assert distance(gradients(model, total), truth) <= 1e-10
 
 
+def test_memory_is_used_again_once_a_batch_is_gone_and_not_before() -> None:
+    forest = TokenForest()
+    prompt = forest.add_prompt([1])
+    branch = forest.branch(prompt, 1, list(range(1 << 16)))
+    first = pack_forest(forest, [branch])
+    place = first.input_ids.data_ptr()
+    kept = first.targets  # one array of a batch is enough to keep its memory
+    del first
+    second = pack_forest(forest, [branch])
+    assert second.input_ids.data_ptr() != place
+    assert torch.equal(kept, second.targets)
+    place = second.input_ids.data_ptr()
+    del second
+    assert pack_forest(forest, [branch]).input_ids.data_ptr() == place
+
+
 def test_bad_branches_are_refused() -> None:
     forest = TokenForest()
     prompt = forest.add_prompt([4, 5])

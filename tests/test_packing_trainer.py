@@ -71,6 +71,18 @@ def test_a_step_is_that_of_the_padded_batch(tmp_path: Path, changes: dict, toler
         assert metrics[name] == pytest.approx(padded_metrics[name], rel=10 * tolerance, abs=tolerance)
 
 
+def test_old_logprobs_are_those_of_the_packed_pass(tmp_path: Path) -> None:
+    run = build(tmp_path / "run", steps_per_generation=2, bf16=True)
+    run._update_engine()
+    rows = run._collect(PROMPTS[:4], seed=3).rows
+    assert all(len(row.old_logprobs) == len(row.token_ids) for row in rows)
+    # Before the first update the ratio to them is one, rounding included; to the sampler's it is not.
+    batch = run._batches(rows)[0]
+    trained = run._logprobs(batch, reference=False)
+    off = {name: float((trained - batch.per_token(name)).abs().max()) for name in ("old_logprobs", "sampling_logprobs")}
+    assert off["old_logprobs"] == 0 < off["sampling_logprobs"] < 0.1
+
+
 def test_shared_tokens_are_in_the_batch_once(tmp_path: Path) -> None:
     rows, forest = sampled(tmp_path / "a")
     (batch,) = tree_batches(rows, forest, 100_000)

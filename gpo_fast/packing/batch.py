@@ -12,8 +12,10 @@ from torch import Tensor
 from gpo_fast import _C
 from gpo_fast.forest import TokenForest
 from gpo_fast.losses.shared_rows import SharedRows
-from gpo_fast.packing.layout import Layout, lay_out
+from gpo_fast.rollout.memory import Reused
 from gpo_fast.tree_attention import TreeShape
+
+_memory = Reused()
 
 
 @dataclass
@@ -89,75 +91,35 @@ def pack_forest(
             another length or outside [1, end of the branch].
     """
     branches = forest.leaves() if branches is None else branches
-    for branch in branches:
-        if not 0 <= branch < len(forest.nodes):
-            raise ValueError(f"the forest has the nodes 0 to {len(forest.nodes) - 1}, got the branch {branch}")
-    starts = [forest.nodes[b].start for b in branches] if loss_starts is None else loss_starts
-    _check_starts(forest, branches, starts)
-    layout = lay_out(forest, branches)
-    kept = [place for place, branch in enumerate(branches) if starts[place] < forest.nodes[branch].end]
-    ranges = _loss_ranges(forest, layout, [branches[i] for i in kept], [starts[i] for i in kept])
-    arrays = _fill(forest, layout, ranges)
+    nodes = np.array([(node.parent, node.start, node.end) for node in forest.nodes], dtype=np.int64).reshape(-1, 3)
+    layout = _C.PackedLayout(nodes, branches, loss_starts)
+    arrays = _arrays(layout)
+    rows, pairs = layout.fill(
+        [node.tokens for node in forest.nodes], {name: array.data_ptr() for name, array in arrays.items()}
+    )
     return PackedBatch(
         input_ids=arrays["input_ids"][None],
         position_ids=arrays["position_ids"][None],
-        tree=TreeShape(torch.from_numpy(layout.subtree_end), layout.spans, layout.blocks),
-        rows=arrays["rows"],
-        shared=SharedRows(arrays["pair_targets"], arrays["row_offsets"], arrays["pair_of_token"]),
+        tree=TreeShape(arrays["subtree_end"], layout.spans, layout.blocks),
+        rows=arrays["rows"][:rows],
+        shared=SharedRows(arrays["pair_targets"][:pairs], arrays["row_offsets"][: rows + 1], arrays["pair_of_token"]),
         targets=arrays["targets"],
         sequence_ids=arrays["sequence_ids"],
-        branches=kept,
-        padded_tokens=sum(forest.nodes[b].end for b in branches),
+        branches=layout.kept,
+        padded_tokens=layout.padded_tokens,
     )
 
 
-def _check_starts(forest: TokenForest, branches: Sequence[int], starts: Sequence[int]) -> None:
-    if len(starts) != len(branches):
-        raise ValueError(f"{len(branches)} branches need as many loss_starts, got {len(starts)}")
-    for branch, start in zip(branches, starts):
-        if not 1 <= start <= forest.nodes[branch].end:
-            raise ValueError(
-                f"the path of node {branch} has {forest.nodes[branch].end} tokens; its loss must start at a depth "
-                f"from 1 (the first token has nothing to be predicted from) to there, got {start}"
-            )
-    if not any(start < forest.nodes[branch].end for branch, start in zip(branches, starts)):
-        raise ValueError("nothing to train: no branch has a token with a loss")
+def _arrays(layout: _C.PackedLayout) -> dict[str, Tensor]:
+    """Room for what csrc/packing.h names, one-dimensional: int64, and int32 for two.
 
-
-def _loss_ranges(
-    forest: TokenForest, layout: Layout, branches: Sequence[int], starts: Sequence[int]
-) -> list[tuple[int, int, int]]:
-    """Start, end and sequence of ranges of positions, which in turn hold the loss tokens of each branch."""
-    first = {run.node: run.start for run in layout.runs}
-    ranges: list[tuple[int, int, int]] = []
-    for sequence, (branch, start) in enumerate(zip(branches, starts)):
-        own: list[tuple[int, int, int]] = []
-        node, end = branch, forest.nodes[branch].end
-        while node != -1 and end > start:
-            begin = forest.nodes[node].start
-            if end > begin:
-                offset = first[node] - begin
-                own.append((max(begin, start) + offset, end + offset, sequence))
-            node, end = forest.nodes[node].parent, min(end, begin)
-        ranges += reversed(own)
-    return ranges
-
-
-def _fill(forest: TokenForest, layout: Layout, ranges: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
-    """The batch's int64 arrays, one-dimensional; the C++ side says what they hold (csrc/packing.h)."""
-    tokens = len(layout.subtree_end)
-    losses = sum(end - start for start, end, _ in ranges)
+    All in one block, that of an earlier batch if nothing is on it any more.
+    """
+    tokens, losses = layout.tokens, layout.losses
     sizes = {"input_ids": tokens, "position_ids": tokens, "row_offsets": losses + 1}
-    for name in ("rows", "pair_targets", "pair_of_token", "targets", "sequence_ids"):
-        sizes[name] = losses
-    arrays = {name: torch.empty(size, dtype=torch.int64) for name, size in sizes.items()}
-    rows, pairs = _C.fill_packed_arrays(
-        np.array([(run.start, run.end, run.before, forest.nodes[run.node].start) for run in layout.runs]),
-        [forest.nodes[run.node].tokens for run in layout.runs],
-        np.array(ranges),
-        tokens,
-        {name: array.data_ptr() for name, array in arrays.items()},
-    )
-    arrays["rows"], arrays["row_offsets"] = arrays["rows"][:rows], arrays["row_offsets"][: rows + 1]
-    arrays["pair_targets"] = arrays["pair_targets"][:pairs]
+    sizes |= dict.fromkeys(("rows", "pair_targets", "pair_of_token", "targets", "sequence_ids"), losses)
+    sizes |= dict.fromkeys(("subtree_end", "scratch"), tokens // 2 + 1)
+    block = _memory.empty(sum(sizes.values()), torch.int64)
+    arrays = dict(zip(sizes, block.split(list(sizes.values()))))
+    arrays["subtree_end"] = arrays["subtree_end"].view(torch.int32)[:tokens]
     return arrays

@@ -81,7 +81,7 @@ def _cut(
 
 
 def _extend(forest: TokenForest, ends: dict[int, int], branch: int) -> int:
-    """Makes `ends` (as `layout.needed_ends`) hold the branch too; the number of tokens that this adds."""
+    """Makes `ends` (as `needed_ends` of csrc/packing.cpp) hold the branch too; the number of tokens that this adds."""
     nodes, added = forest.nodes, 0
     node, end = branch, nodes[branch].end
     while node != -1 and ends.get(node, -1) < end:

@@ -8,6 +8,8 @@ small ones (Xeon with AVX-512, a virtual machine of two cores).
 from __future__ import annotations
 
 import mmap
+import sys
+import threading
 from math import prod
 
 import torch
@@ -18,16 +20,51 @@ _ALIGNMENT = 64  # bytes: a cache line
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised CPU tensor in huge pages of its own, where the system gives them."""
-    if prod(shape) == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
+    """An uninitialised CPU tensor, from 2 MiB on in huge pages of its own, where the system gives them."""
     size = prod(shape) * dtype.itemsize
+    memory = _map(size) if size >= HUGE_PAGE else None
+    if memory is None:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=prod(shape)).view(shape)
+
+
+def _map(size: int) -> mmap.mmap | None:
+    """At least `size` bytes of huge pages; None where there are none."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
     memory = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without them
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype, count=prod(shape)).view(shape)
+        return None
+    return memory
+
+
+class Reused:
+    """Uninitialised tensors, one after the other in the same memory once no tensor is on it any more.
+
+    Memory that a process asks for anew is cleared by the system, a page at a time; for arrays that are written once
+    and read once that takes longer than the writing.
+    """
+
+    def __init__(self) -> None:
+        self._memory: mmap.mmap | None = None
+        self._lock = threading.Lock()
+
+    def empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        """A tensor (count,)."""
+        size = count * dtype.itemsize
+        if size < HUGE_PAGE:
+            return torch.empty(count, dtype=dtype)
+        with self._lock:
+            if self._memory is None or len(self._memory) < size or sys.getrefcount(self._memory) > _UNUSED:
+                self._memory = _map(size)
+            if self._memory is None:
+                return torch.empty(count, dtype=dtype)
+            return torch.frombuffer(self._memory, dtype=dtype, count=count)
+
+
+_UNUSED = 2  # references that sys.getrefcount counts if no tensor has one: the attribute's and its own argument's
 
 
 class Arena:

@@ -87,14 +87,14 @@ class GPOConfig(TrainingArguments):
     delta: float = _option(0.1, "Racing stops when another step is better with at most this probability.")
     proposal: Any = _option(None, "Order of the search by logprob, entropy, gradient or a function; off if not set.")
     reset: str = _option("before", "Reset to the state before or after the critical step.")
-    num_resets: int = _option(4, "New rollouts sampled from each critical step.")
+    num_resets: int = _option(4, "Rollouts from each critical step to train on.")
     search: Any = _option(
         "mixed",
         "Searched: the worst trajectory of each group with mixed outcomes (mixed), all, or a module's function.",
     )
     max_searches: int | None = _option(None, "At most so many trajectories are searched per iteration.")
     search_budget: float | None = _option(None, "Most tokens of all searches, as a share of the base rollouts'.")
-    reuse: str = _option("none", "Also train on the search's samples of the critical step: none, split or all.")
+    reuse: str = _option("none", "The search's samples that are the first of a step's resets: none, split or all.")
     step_splitter: Any = _option("newline", f"What a step is: {', '.join(METHODS)}, or a function.")
     step_pattern: str | None = _option(None, "Regular expression of the end of a step, for the splitter regex.")
     min_step_tokens: int = _option(4, "A shorter step is merged with its neighbour.")

@@ -41,7 +41,8 @@ class _Searched:
     reward: float
     row: TrainingRow
     critical: CriticalStep | None = None
-    resets: list[Completion] = field(default_factory=list)
+    reused: list[Completion] = field(default_factory=list)  # of the search, as the first rollouts from its step
+    resets: list[Completion] = field(default_factory=list)  # the others
     reset_rewards: list[float] = field(default_factory=list)
 
 
@@ -297,48 +298,56 @@ class GuidedSampler:
         forest: TokenForest,
         timer: PhaseTimer,
     ) -> list[list[TrainingRow]]:
-        """New rollouts from each critical step, as groups of training rows."""
-        requests = []
+        """`num_resets` rollouts from each critical step, as groups of training rows.
+
+        What the search lets be reused comes first; only what is missing is sampled.
+        """
+        requests, owner = [], []
         for n, s in enumerate(searched):
             assert s.critical is not None
+            s.reused = s.critical.reusable[: self.config.num_resets]
+            missing = self.config.num_resets - len(s.reused)
+            if missing == 0:
+                continue
+            owner.append(n)
             requests.append(
                 CriticalStepFinder.continuation(
                     s.completion,
                     s.critical.token_position,
-                    self.config.num_resets,
+                    missing,
                     self.config.sampling_params(),
                     seed=seeds[len(examples)] + n,
                     max_length=self.max_length,
                 )
             )
-        drawn = self.engine.generate(requests)
-        whole = [CriticalStepFinder.whole(searched[c.request_index].completion, c) for c in drawn]
+        drawn = self.engine.generate(requests) if requests else []
+        owners = [searched[owner[c.request_index]] for c in drawn]
+        whole = [CriticalStepFinder.whole(s.completion, c) for s, c in zip(owners, drawn)]
         with timer("reward"):
-            rewards = self._score(whole, [searched[c.request_index].example for c in drawn], examples)
-        groups: list[list[TrainingRow]] = []
-        width = self.config.num_resets
-        for n, s in enumerate(searched):
-            assert s.critical is not None
-            mine = slice(n * width, (n + 1) * width)
-            group, group_rewards = drawn[mine], rewards[mine].tolist()
-            s.resets, s.reset_rewards = group, group_rewards
-            assert s.row.node is not None
-            at = len(s.completion.prompt_token_ids) + s.critical.token_position
-            reused = s.critical.reusable
-            group_rewards = [*group_rewards, *s.critical.reusable_rewards]
-            nodes = [
-                forest.branch(s.row.node, at, c.token_ids, logprobs=c.logprobs, reward=r)
-                for c, r in zip([*group, *reused], group_rewards)
-            ]
-            if len(group_rewards) < 2:
-                continue
-            rows = self._rows([*group, *reused], np.asarray([group_rewards]), "reset", nodes)
-            for row in rows[width:]:
-                row.kind = "search"
-            for row in rows:
-                row.priority = max(0.0, float(SCORES[self.config.criterion](s.critical.advantages[s.critical.index])))
-            groups.append(rows)
-        return groups
+            rewards = self._score(whole, [s.example for s in owners], examples) if drawn else np.empty(0)
+        for s, completion, reward in zip(owners, drawn, rewards.tolist()):
+            s.resets.append(completion)
+            s.reset_rewards.append(reward)
+        return [group for s in searched if len(group := self._reset_group(s, forest)) > 1]
+
+    def _reset_group(self, s: _Searched, forest: TokenForest) -> list[TrainingRow]:
+        """The rows of one critical step."""
+        assert s.critical is not None
+        assert s.row.node is not None
+        at = len(s.completion.prompt_token_ids) + s.critical.token_position
+        completions = [*s.reused, *s.resets]
+        rewards = [*s.critical.reusable_rewards[: len(s.reused)], *s.reset_rewards]
+        nodes = [
+            forest.branch(s.row.node, at, c.token_ids, logprobs=c.logprobs, reward=r)
+            for c, r in zip(completions, rewards)
+        ]
+        if len(rewards) < 2:
+            return []
+        rows = self._rows(completions, np.asarray([rewards]), "reset", nodes)
+        for place, row in enumerate(rows):
+            row.kind = "search" if place < len(s.reused) else "reset"
+            row.priority = max(0.0, float(SCORES[self.config.criterion](s.critical.advantages[s.critical.index])))
+        return rows
 
     def _metrics(
         self,
@@ -373,8 +382,9 @@ class GuidedSampler:
             metrics["overlong_punishment"] = float((base.rewards - outcomes).mean())
         if self.config.learns_from_pairs:
             metrics["num_pairs"] = len(rows) / 2
-        if reset_rewards:
-            metrics["reset_reward"] = float(np.mean(reset_rewards))
+        if found:
+            reused_rewards = [r for s in searched if s.critical for r in s.critical.reusable_rewards[: len(s.reused)]]
+            metrics["reset_reward"] = float(np.mean(reset_rewards + reused_rewards))
             advantages = [c.advantages[c.index] for c in found]
             metrics["critical_advantage"] = float(np.mean([a for a in advantages if np.isfinite(a)] or [0.0]))
             metrics["critical_position"] = float(np.mean([c.index / len(c.steps) for c in found]))
@@ -382,7 +392,7 @@ class GuidedSampler:
             metrics["search_rollouts_saved"] = float(sum(c.rollouts_saved for c in found))
             metrics["search_tokens_saved"] = float(sum(c.tokens_saved for c in found))
             metrics["num_cancelled"] = float(sum(c.num_cancelled for c in found))
-            metrics["num_reused"] = float(sum(len(c.reusable) for c in found))
+            metrics["num_reused"] = float(sum(len(s.reused) for s in searched))
         return metrics | {f"seconds/{phase}": spent for phase, spent in timer.seconds.items()}
 
     def _describe(self, s: _Searched, examples: Sequence[Example]) -> dict[str, Any]:

@@ -1,19 +1,17 @@
 """Bad input, and what each gets: the type of the error, and words that name the value and say what would be right.
 
-The table is one list of cases; configurations are also made at random. Nothing here may crash the process: the C++
-extension's whole surface is called with wrong types as well.
+The table is one list of cases; configurations are also made at random. tests/test_extension.py does the like for the
+C++ extension.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -639,130 +637,7 @@ _SAID_AS = {
 }
 
 
-# -- the C++ extension --------------------------------------------------------------------------------------------
-
-WRONG = [
-    "x",
-    1.5,
-    None,
-    object(),
-    {"a": 1},
-    [object()],
-    -1,
-    2**70,
-    b"\xff",
-    np.array(["x"]),
-    [[1, 2], [3]],
-    np.zeros((2, 2)),
-]
-# They take addresses: what they are given as numbers, they read. Their callers are the only ones who may.
-ADDRESSES = {"linear_logprob_forward", "linear_logprob_backward", "LogprobInputs", "sample", "Decoder"}
-
-
-def callables(owner: Any, path: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for name, value in inspect.getmembers(owner):
-        if name.startswith("_") or isinstance(value, property) or name in ADDRESSES:
-            continue
-        if inspect.isclass(value) and issubclass(value, Exception):
-            continue
-        if callable(value):
-            found.append((f"{path}{name}", value))
-    return found
-
-
-@pytest.mark.parametrize("wrong", WRONG, ids=lambda w: f"{type(w).__name__}-{str(w)[:12]}")
-def test_the_extension_refuses_wrong_types(wrong: Any) -> None:
-    cache = PrefixCache(8, 2)
-    cache.open([1, 2, 3])
-    surface = [*callables(_C), *callables(cache, "PrefixCache.")]
-    assert len(surface) > 25
-    for name, function in surface:
-        for count in range(1, 6):
-            try:
-                function(*[wrong] * count)
-            except (TypeError, ValueError, OverflowError, MemoryError):
-                continue  # refused; MemoryError: a pool of pages that no machine holds
-            assert isinstance(wrong, int | list | np.ndarray | float | type(None) | str | bytes), (
-                f"{name} took {wrong!r}"
-            )
-        cache.check_integrity()
-
-
-def test_the_packer_refuses_runs_and_losses_outside_of_the_row() -> None:
-    names = (
-        "input_ids",
-        "position_ids",
-        "rows",
-        "row_offsets",
-        "pair_targets",
-        "pair_of_token",
-        "targets",
-        "sequence_ids",
-    )
-    arrays = {name: torch.zeros(8, dtype=torch.int64) for name in names}
-    addresses = {name: array.data_ptr() for name, array in arrays.items()}
-    tokens = [np.arange(4, dtype=np.int32)]
-
-    def fill(run: tuple[int, int, int, int], loss: tuple[int, int, int]) -> Any:
-        return _C.fill_packed_arrays(np.array([run]), tokens, np.array([loss]), 4, addresses)
-
-    assert fill((0, 4, -1, 0), (1, 4, 0)) == (3, 3)
-    for run in ((0, 5, -1, 0), (-1, 3, -1, 0), (2, 2, -1, 0), (0, 4, 4, 0), (0, 4, -2, 0)):
-        with pytest.raises(ValueError, match="a run"):
-            fill(run, (1, 4, 0))
-    for loss in ((1, 5, 0), (-1, 2, 0), (3, 2, 0)):
-        with pytest.raises(ValueError, match="a range"):
-            fill((0, 4, -1, 0), loss)
-
-
-def plan(**changes: Any) -> Any:
-    values = {
-        "page_offsets": [0, 1],
-        "pages": [0],
-        "row_offsets": [0, 1],
-        "rows": [0],
-        "visible": [2],
-        "num_rows": 1,
-        "num_heads": 2,
-        "num_kv_heads": 1,
-        "head_dim": 4,
-        "block_size": 2,
-        "scale": 1.0,
-        "softcap": 0.0,
-        "is_bfloat16": False,
-        **changes,
-    }
-    return _C.AttentionPlan(**values)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_heads": 3, "num_kv_heads": 2},
-        {"num_kv_heads": 0},
-        {"head_dim": 0},
-        {"block_size": 0},
-        {"page_offsets": []},
-        {"page_offsets": [1, 1]},
-        {"page_offsets": [0, 2]},
-        {"page_offsets": [0, 2, 1], "row_offsets": [0, 1, 1]},
-        {"row_offsets": [0, 2]},
-        {"row_offsets": [0, 2, 1], "page_offsets": [0, 1, 1]},
-        {"rows": [1]},
-        {"rows": [-1]},
-        {"visible": [3]},
-        {"visible": [-1]},
-        {"pages": [-1]},
-        {"visible": [1, 2]},
-        {"num_rows": -1},
-    ],
-    ids=str,
-)
-def test_an_attention_plan_refuses_segments_that_do_not_fit(changes: dict) -> None:
-    plan()
-    with pytest.raises(ValueError, match=r"segment|num_heads|head_dim"):
-        plan(**changes)
+# -- the command line's own words ----------------------------------------------------------------------------------
 
 
 def test_the_command_line_says_errors_in_one_line(

@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -143,12 +144,10 @@ def shown(browser: str, page: Path, profile: Path) -> str:
     return subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-def test_no_text_of_a_model_runs_in_a_browser(tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is on this machine")
+def hostile_report(folder: Path) -> Path:
+    """The report of a run whose every text is an attack."""
     evil = "\n".join(ATTACKS)
-    files = RunFiles(tmp_path / "run")
+    files = RunFiles(folder)
     files.begin(
         dict.fromkeys(("title", "model", "algorithm", "device"), evil) | {"notes": [evil], "config": {evil: evil}}, 0
     )
@@ -156,10 +155,44 @@ def test_no_text_of_a_model_runs_in_a_browser(tmp_path: Path) -> None:
     record = {"step": 1, "prompt": evil, "reward": 0.0, "steps": [step], "critical": 0, "reset": "before"}
     record |= {"criterion": evil, "num_rollouts": 4, "num_tokens": 9, "answer": evil}
     files.trajectories([{**record, "branches": [{"text": evil, "reward": 1.0, "kind": evil}]}])
+    return write_report(folder)
+
+
+class Markup(HTMLParser):
+    """The tags and attributes of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[tuple[str, str]] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {(name, value or "") for name, value in attrs}
+
+    def could_run(self) -> set[str]:
+        """Tags and attributes that can run a script or load something."""
+        tags = self.tags & {"script", "img", "iframe", "object", "embed", "form", "input", "base", "link", "audio"}
+        return tags | {n for n, v in self.attributes if n.startswith("on") or n in ("src", "href") or "script:" in v}
+
+
+def test_no_text_of_a_model_becomes_markup(tmp_path: Path) -> None:
+    for attack in ATTACKS:
+        assert Markup(f"<body><p title='{attack}'>{attack}").could_run(), "the attacks are markup if not escaped"
+    page = hostile_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert not Markup(page).could_run()
+    assert page.count("&lt;script&gt;") >= 8, "what the model wrote is shown as text"
+
+
+def test_no_text_of_a_model_runs_in_a_browser(tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is on this machine")
     naive = tmp_path / "naive.html"
-    naive.write_text(f"<!doctype html><body>{evil}</body>")
+    naive.write_text("<!doctype html><body>" + "\n".join(ATTACKS))
     assert 'data-ran="1"' in shown(browser, naive, tmp_path / "profile"), "the attacks work where nothing is escaped"
-    report = shown(browser, write_report(tmp_path / "run"), tmp_path / "profile")
+    report = shown(browser, hostile_report(tmp_path / "run"), tmp_path / "profile")
     assert "data-ran" not in report.replace("setAttribute('data-ran'", "")
     assert report.count("&lt;script&gt;") >= 8, "what the model wrote is shown as text"
 

@@ -10,7 +10,7 @@ TIDY := printf '%s\n' $(TIDY_SOURCES) | xargs -P 2 -I FILE \
 	$(BIN)/clang-tidy --quiet --warnings-as-errors='*' FILE -- -std=c++17 -Icsrc -w
 DOCS_BUILD := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-.PHONY: demo test lint tidy coverage format docs audit soak soak-engine kill-test sanitize sanitize-threads fuzz clean
+.PHONY: demo test lint tidy coverage format docs audit soak soak-engine kill-test sanitize sanitize-threads sanitize-random fuzz clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gpo-fast demo $(DEMO_ARGS)
@@ -80,7 +80,17 @@ sanitize-threads:
 			tests/cpp/two_threads.cpp $(PREFIX_CACHE_SOURCES) -o build/two_threads && build/two_threads || exit 1; \
 	done
 
-# Random bytes as calls of the prefix cache, and as forests for the packer; needs clang. What is found is kept in build/.
+# Random bytes as calls of the prefix cache, and as forests for the packer: the fuzz targets without clang, for CI.
+sanitize-random:
+	mkdir -p build
+	for target in "prefix_cache 10000 $(PREFIX_CACHE_SOURCES)" "packing 20000 csrc/packing.cpp"; do \
+		set -- $$target; name=$$1; inputs=$$2; shift 2; \
+		$(CXX) -std=c++17 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc \
+			tests/cpp/random_bytes.cpp tests/cpp/fuzz_$$name.cpp $$@ -o build/random_$$name && \
+		build/random_$$name $$inputs || exit 1; \
+	done
+
+# The same targets under libFuzzer, which looks for new paths; needs clang. What is found is kept in build/.
 FUZZ_SECONDS ?= 600
 fuzz:
 	mkdir -p build

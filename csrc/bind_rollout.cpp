@@ -25,8 +25,10 @@ void require(bool condition, const char* message) {
     if (!condition) throw std::invalid_argument(message);
 }
 
-PackedLinear to_linear(const py::object& value) {  // (panels, bias or 0, inputs, outputs)
-    const auto [panels, bias, inputs, outputs] = value.cast<std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>>();
+using Linear = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;  // panels, bias or 0, inputs, outputs
+
+PackedLinear to_linear(const Linear& linear) {
+    const auto [panels, bias, inputs, outputs] = linear;
     return {reinterpret_cast<const void*>(panels), reinterpret_cast<const float*>(bias), inputs, outputs};
 }
 
@@ -66,7 +68,8 @@ void bind_attention(py::module_& module) {
              }),
              py::kw_only(), py::arg("page_offsets"), py::arg("pages"), py::arg("row_offsets"), py::arg("rows"),
              py::arg("visible"), py::arg("num_rows"), py::arg("num_heads"), py::arg("num_kv_heads"),
-             py::arg("head_dim"), py::arg("block_size"), py::arg("scale"), py::arg("softcap"), py::arg("is_bfloat16"))
+             py::arg("head_dim"), py::arg("block_size"), py::arg("scale"), py::arg("softcap"),
+             py::arg("is_bfloat16").noconvert())
         .def(
             "attend",
             [](AttentionPlan& plan, uintptr_t query, uintptr_t keys, uintptr_t values, uintptr_t output, int threads) {
@@ -81,12 +84,12 @@ void bind_attention(py::module_& module) {
 void bind_decoder(py::module_& module) {
     py::class_<Decoder>(module, "Decoder", "The forward pass of a Llama-like decoder; weights by data pointers.")
         .def(py::init<int64_t, float, bool>(), py::kw_only(), py::arg("width"), py::arg("norm_epsilon"),
-             py::arg("is_bfloat16"))
+             py::arg("is_bfloat16").noconvert())
         .def(
             "add_layer",
             [](Decoder& decoder, uintptr_t input_norm, uintptr_t attention_norm, uintptr_t query_norm,
-               uintptr_t key_norm, const py::object& qkv, const py::object& output, const py::object& gate,
-               const py::object& up, const py::object& down, uintptr_t keys, uintptr_t values) {
+               uintptr_t key_norm, const Linear& qkv, const Linear& output, const Linear& gate, const Linear& up,
+               const Linear& down, uintptr_t keys, uintptr_t values) {
                 decoder.add_layer({floats(input_norm), floats(attention_norm), floats(query_norm), floats(key_norm),
                                    to_linear(qkv), to_linear(output), to_linear(gate), to_linear(up), to_linear(down),
                                    reinterpret_cast<void*>(keys), reinterpret_cast<void*>(values)});
@@ -96,7 +99,7 @@ void bind_decoder(py::module_& module) {
             py::arg("values"))
         .def(
             "set_head",
-            [](Decoder& decoder, uintptr_t norm, const py::object& head) {
+            [](Decoder& decoder, uintptr_t norm, const Linear& head) {
                 decoder.set_head(floats(norm), to_linear(head));
             },
             py::arg("final_norm"), py::arg("head"))
@@ -126,7 +129,7 @@ void bind_decoder(py::module_& module) {
 void bind_rollout(py::module_& module) {
     module.def("cpu_kernels", [] { return kernels().name; }, "The instruction set of the CPU kernels in use.");
     module.def("use_cpu_kernels", &use_kernels, py::arg("name").none(false),
-               "Chooses 'avx512', 'avx2' or 'portable' kernels.");
+               "Chooses 'amx', 'avx512', 'avx2' or 'portable' kernels.");
     module.def(
         "pack_panels",
         [](uintptr_t weight, int64_t outputs, int64_t words, uintptr_t panels, int threads) {

@@ -1,19 +1,17 @@
 """Bad input, and what each gets: the type of the error, and words that name the value and say what would be right.
 
-The table is one list of cases; configurations are also made at random. Nothing here may crash the process: the C++
-extension's whole surface is called with wrong types as well.
+The table is one list of cases; configurations are also made at random. tests/test_extension.py does the like for the
+C++ extension.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -639,132 +637,7 @@ _SAID_AS = {
 }
 
 
-# -- the C++ extension --------------------------------------------------------------------------------------------
-
-WRONG = [
-    "x",
-    1.5,
-    None,
-    object(),
-    {"a": 1},
-    [object()],
-    -1,
-    2**70,
-    b"\xff",
-    np.array(["x"]),
-    [[1, 2], [3]],
-    np.zeros((2, 2)),
-]
-# They take addresses: what they are given as numbers, they read. Their callers are the only ones who may.
-ADDRESSES = {"linear_logprob_forward", "linear_logprob_backward", "LogprobInputs", "sample", "Decoder"}
-
-
-def callables(owner: Any, path: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for name, value in inspect.getmembers(owner):
-        if name.startswith("_") or isinstance(value, property) or name in ADDRESSES:
-            continue
-        if inspect.isclass(value) and issubclass(value, Exception):
-            continue
-        if callable(value):
-            found.append((f"{path}{name}", value))
-    return found
-
-
-@pytest.mark.parametrize("wrong", WRONG, ids=lambda w: f"{type(w).__name__}-{str(w)[:12]}")
-def test_the_extension_refuses_wrong_types(wrong: Any) -> None:
-    cache = PrefixCache(8, 2)
-    cache.open([1, 2, 3])
-    surface = [*callables(_C), *callables(cache, "PrefixCache.")]
-    assert len(surface) > 25
-    for name, function in surface:
-        for count in range(1, 6):
-            try:
-                function(*[wrong] * count)
-            except (TypeError, ValueError, OverflowError, MemoryError):
-                continue  # refused; MemoryError: a pool of pages that no machine holds
-            assert isinstance(wrong, int | list | np.ndarray | float | type(None) | str | bytes), (
-                f"{name} took {wrong!r}"
-            )
-        cache.check_integrity()
-
-
-def test_the_packer_refuses_what_is_no_forest() -> None:
-    def layout(*nodes: tuple[int, int, int], branches: Any = (1,), starts: Any = (3,)) -> Any:
-        return _C.PackedLayout(np.array(nodes), list(branches), list(starts))
-
-    good = layout((-1, 0, 3), (0, 3, 5))
-    assert (good.tokens, good.losses) == (5, 2)
-    for nodes in (
-        ((-1, 1, 3), (0, 3, 5)),  # a prompt from depth 1
-        ((-1, 0, 3), (1, 3, 5)),  # its own parent
-        ((-1, 0, 3), (-2, 3, 5)),
-        ((-1, 0, 3), (0, 4, 5)),  # begins behind a gap
-        ((-1, 0, 3), (0, 0, 5)),  # before its parent
-        ((-1, 0, 3), (0, 3, 2)),  # ends before it begins
-    ):
-        with pytest.raises(ValueError, match="must be a prompt from depth 0, or begin within"):
-            layout(*nodes)
-    with pytest.raises(ValueError, match=r"nodes must be \(nodes, 3\)"):
-        _C.PackedLayout(np.zeros(3, dtype=np.int64), [1], [3])
-    tokens = [np.arange(3, dtype=np.int32), np.arange(2, dtype=np.int32)]
-    for wrong, error, message in (
-        (tokens[:1], ValueError, "each node needs tokens"),
-        ([[0, 1, 2], tokens[1]], TypeError, "must be a numpy array"),
-        ([tokens[0].astype(np.int64), tokens[1]], ValueError, "contiguous int32 array"),
-        ([tokens[0], tokens[1][:1]], ValueError, "of at least its length"),
-    ):
-        with pytest.raises(error, match=message):
-            good.fill(wrong, {})
-
-
-def plan(**changes: Any) -> Any:
-    values = {
-        "page_offsets": [0, 1],
-        "pages": [0],
-        "row_offsets": [0, 1],
-        "rows": [0],
-        "visible": [2],
-        "num_rows": 1,
-        "num_heads": 2,
-        "num_kv_heads": 1,
-        "head_dim": 4,
-        "block_size": 2,
-        "scale": 1.0,
-        "softcap": 0.0,
-        "is_bfloat16": False,
-        **changes,
-    }
-    return _C.AttentionPlan(**values)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_heads": 3, "num_kv_heads": 2},
-        {"num_kv_heads": 0},
-        {"head_dim": 0},
-        {"block_size": 0},
-        {"page_offsets": []},
-        {"page_offsets": [1, 1]},
-        {"page_offsets": [0, 2]},
-        {"page_offsets": [0, 2, 1], "row_offsets": [0, 1, 1]},
-        {"row_offsets": [0, 2]},
-        {"row_offsets": [0, 2, 1], "page_offsets": [0, 1, 1]},
-        {"rows": [1]},
-        {"rows": [-1]},
-        {"visible": [3]},
-        {"visible": [-1]},
-        {"pages": [-1]},
-        {"visible": [1, 2]},
-        {"num_rows": -1},
-    ],
-    ids=str,
-)
-def test_an_attention_plan_refuses_segments_that_do_not_fit(changes: dict) -> None:
-    plan()
-    with pytest.raises(ValueError, match=r"segment|num_heads|head_dim"):
-        plan(**changes)
+# -- the command line's own words ----------------------------------------------------------------------------------
 
 
 def test_the_command_line_says_errors_in_one_line(

@@ -89,6 +89,16 @@ def test_the_reward_rises_with_gpo(tmp_path: Path) -> None:
     assert entry["gpo/search_tokens"] > 0
 
 
+def test_no_secret_is_in_what_is_saved(tmp_path: Path) -> None:
+    run = gpo(tmp_path / "run", hub_token="hf_hunter2")
+    assert run.args.hub_token == "hf_hunter2"
+    run.save_model(str(tmp_path / "saved"))
+    run.create_model_card("model")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"training_args.bin", "README.md"} <= {path.name for path in files}
+    assert not [path for path in files if b"hunter2" in path.read_bytes()]
+
+
 def test_rows_keep_trls_counts_and_prefixes_have_no_loss(tmp_path: Path) -> None:
     run = gpo(tmp_path, reset_share=0.5, min_step_tokens=2)
     run.model.train()

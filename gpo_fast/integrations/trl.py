@@ -117,6 +117,10 @@ class GPOConfig(GRPOConfig):
                 "processes, and its critical step could not be searched"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments into every checkpoint, and checkpoints are shared: no secret may be in them.
+        return {**self.__dict__, "hub_token": None}
+
     def splitter(self) -> StepSplitter:
         """How trajectories are split into steps."""
         return splitter_of(self)

@@ -1,11 +1,13 @@
 """What computes the engine's steps: a forward pass, then a token for each branch that is due one.
 
 The scheduler decides what a step computes and hands it over as arrays on the host (`Step`). `HostRunner` is that of a
-CPU, C++ from the attention to the sampling, and in plain torch that of other devices.
+CPU, C++ from the attention to the sampling, and in plain torch that of devices without kernels; `GpuRunner`
+(runner_gpu.py) runs Triton kernels and CUDA graphs.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Callable
@@ -73,6 +75,10 @@ class Runner(Protocol):
 
 def runner_for(device: torch.device) -> Callable[..., Runner]:
     """The class whose kernels run on a device."""
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        from gpo_fast.rollout.runner_gpu import GpuRunner
+
+        return GpuRunner
     return HostRunner
 
 

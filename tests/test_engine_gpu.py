@@ -69,7 +69,7 @@ def test_bfloat16_logprobs_are_near_teacher_forcing(kind: str) -> None:
     own = torch.cat([torch.tensor(c.logprobs) for c in drawn])
     truth = torch.cat([unrounded_head(exact, c) for c in drawn])
     forced = torch.cat([teacher_forced(exact.to(torch.bfloat16), c) for c in drawn])
-    assert (own - truth).square().mean().sqrt() <= 1.25 * (forced - truth).square().mean().sqrt() + 1e-4
+    assert (own - truth).square().mean().sqrt() <= 1.5 * (forced - truth).square().mean().sqrt() + 1e-4
 
 
 @pytest.mark.parametrize("params", [SamplingParams(max_tokens=40), SamplingParams(max_tokens=40, top_k=20, top_p=0.9)])

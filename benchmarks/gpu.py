@@ -54,22 +54,23 @@ class Outcome:
 def parts(out: Path, quick: bool) -> list[Part]:
     """In order of importance: what comes last suffers if the time runs out."""
 
-    def benchmark(name: str, seconds: int, *options: str, subcommand: tuple[str, ...] = ()) -> Part:
-        script = f"benchmarks/{name}.py"
+    def benchmark(name: str, seconds: int, *options: str, of: str = "", subcommand: tuple[str, ...] = ()) -> Part:
+        script = f"benchmarks/{of or name}.py"
         written = str(out / f"{name}.json")
         command = (sys.executable, script, *subcommand, "--device", "cuda", "--json", written, *options)
         return Part(name, (*command, "--quick") if quick else command, seconds, script)
 
     pytest = (sys.executable, "-m", "pytest", "--timeout", "110", "-p", "no:cacheprovider")
     return [
-        Part("gpu tests", (*pytest, "-m", "gpu", "tests"), 100),
-        benchmark("triton_kernels", 60),
-        benchmark("rollout", 90),
-        benchmark("tree_training", 60, "--model", "qwen3-0.6b", "--unique-tokens", "16384"),
-        benchmark("loss", 60),
-        benchmark("loop", 90, "--folder", str(out / "loop"), "--repeats", "1", subcommand=("price",)),
+        Part("gpu tests", (*pytest, "-m", "gpu", "tests"), 120),
+        benchmark("triton_kernels", 50),
+        benchmark("rollout_qwen3", 75, "--model", "qwen3-0.6b", "--only", "0", "--repeats", "1", of="rollout"),
+        benchmark("rollout_qwen2", 75, "--model", "qwen2.5-1.5b", "--only", "1", "--peers", of="rollout"),
+        benchmark("tree_training", 50, "--model", "qwen3-0.6b", "--unique-tokens", "16384"),
+        benchmark("loss", 50),
+        benchmark("loop", 70, "--folder", str(out / "loop"), "--repeats", "1", subcommand=("price",)),
         # The tests that the interpreter runs elsewhere, compiled here; ahead-of-time compilation needs no GPU.
-        Part("kernel tests", (*pytest, "-k", "test_kernels and not compile and not gpu", "tests"), 40),
+        Part("kernel tests", (*pytest, "-k", "(test_kernels or triton) and not compile and not gpu", "tests"), 40),
     ]
 
 

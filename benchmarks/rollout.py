@@ -7,7 +7,8 @@ Every peer produces the same number of tokens for the same prompts (end-of-seque
                    baseline)
   generate_batch   transformers' continuous batching
   llama.cpp        llama-cpp-python where it is installed (SmolLM2 only: its packaged file, with that quantisation)
-On a GPU (--device cuda) each row also has the floor of a decode step: weights and KV bytes over copy bandwidth.
+On a GPU (--device cuda) a second table has decode steps of large batches, and of a comb, over their floor: the bytes of
+the weights and of every key and value, each read once, over the measured bandwidth of a copy.
 """
 
 from __future__ import annotations
@@ -84,7 +85,17 @@ def load(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     shape = dict(SHAPES[name])
     config = AutoConfig.for_model(shape.pop("kind"), **shape, max_position_embeddings=4096)
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device), None
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), None
+
+
+def comb_prompts(tokens: Callable[[int], list[int]], trajectories: int, cuts: int) -> list[list[int]]:
+    """Trajectories of a 64-token prompt and `cuts` steps of 16 tokens, cut off after each step."""
+    prompts = []
+    for _ in range(trajectories):
+        prompt, answer = tokens(64), tokens(16 * cuts)
+        prompts += [prompt + answer[: 16 * (i + 1)] for i in range(cuts)]
+    return prompts
 
 
 def workloads(vocabulary: int, quick: bool) -> list[Workload]:
@@ -95,10 +106,7 @@ def workloads(vocabulary: int, quick: bool) -> list[Workload]:
 
     prefix, branches, new = (128, 4, 4) if quick else (1024, 32, 64)
     trajectories, cuts, continuations, ahead = (2, 3, 2, 4) if quick else (8, 12, 4, 48)
-    comb = []
-    for _ in range(trajectories):
-        prompt, answer = tokens(64), tokens(16 * cuts)
-        comb += [prompt + answer[: 16 * (i + 1)] for i in range(cuts)]
+    comb = comb_prompts(tokens, trajectories, cuts)
     different = [tokens(128) for _ in range(4 if quick else 32)]
     return [
         Workload(
@@ -239,31 +247,68 @@ def runs(name: str, call: Callable[[], object], notes: list[str]) -> bool:
     return True
 
 
-def floor_table(engine: RolloutEngine, model: Any, sizes: list[int]) -> Table:
-    """A decode step over different prompts against the bytes that it must read."""
-    table = Table("Decode step over its floor", ("batch", "weights + KV", "floor", "measured", "ratio"))
-    bandwidth = floors("cuda")["copy_bytes_per_second"]
-    weights = sum(p.numel() * p.element_size() for p in set(model.parameters()))
+@dataclass
+class DecodeCase:
+    """A batch whose branches all decode together, and the keys of its prompts, shared ones counted once."""
+
+    name: str
+    prompts: list[list[int]]
+    branches: int
+    prompt_keys: int
+
+
+def decode_cases(quick: bool) -> list[DecodeCase]:
     generator = torch.Generator().manual_seed(1)
-    for size in sizes:
-        prompts = torch.randint(10, 1000, (size, 256), generator=generator).tolist()
-        times = []
-        for new in (8, 40):
-            sampling = SamplingParams(max_tokens=new, ignore_eos=True)
-            requests = [Request(p, sampling=sampling, seed=i) for i, p in enumerate(prompts)]
-            engine.update_weights()
-            engine.generate(requests)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            engine.update_weights()
-            engine.generate(requests)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        step = (times[1] - times[0]) / 32
-        size_in_bytes = weights + size * 280 * engine.block_bytes // engine.block_size
-        floor = size_in_bytes / bandwidth
-        table.add(str(size), f"{size_in_bytes / 1e6:,.0f} MB", human(floor), human(step), f"{step / floor:.2f}")
-    return table
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(10, 1000, (count,), generator=generator).tolist()
+
+    sizes, length, (trajectories, cuts) = ([4], 32, (2, 3)) if quick else ([64, 256], 256, (8, 12))
+    different = [DecodeCase(f"{n} different prompts", [tokens(length) for _ in range(n)], 1, n * length) for n in sizes]
+    comb = comb_prompts(tokens, trajectories, cuts)
+    name = f"comb: {trajectories} trajectories x {cuts} cuts x 4"
+    return [*different, DecodeCase(name, comb, 4, trajectories * (64 + 16 * cuts))]
+
+
+def seconds_of(engine: RolloutEngine, case: DecodeCase, new_tokens: int) -> float:
+    """The fastest of three runs; the first compiles and captures."""
+    sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    requests = [Request(p, case.branches, sampling, seed=i) for i, p in enumerate(case.prompts)]
+    times = []
+    for _ in range(3):
+        engine.update_weights()
+        start = time.perf_counter()
+        engine.generate(requests)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def decode_steps(model: Any, tokenizer: Any, quick: bool) -> tuple[Table, dict[str, dict[str, float]]]:
+    """A decode step of each case, as the difference of a long and a short run, over its floor."""
+    table = Table("Decode step over its floor", ("batch", "weights + KV", "floor", "measured", "ratio"))
+    bandwidth = floors(model.device.type)["copy_bytes_per_second"]
+    weights = sum(p.numel() * p.element_size() for p in set(model.parameters()))
+    short, long = (2, 6) if quick else (8, 40)
+    results = {}
+    for case in decode_cases(quick):
+        rows = len(case.prompts) * case.branches
+        # Every prompt in one pass, so that all branches run from the first step on.
+        room = sum(map(len, case.prompts)) + rows * (long + 16)
+        one = RolloutEngine(model, tokenizer, max_batch_size=1)
+        engine = RolloutEngine(
+            model,
+            tokenizer,
+            max_batch_size=rows,
+            max_prefill_tokens=room,
+            kv_cache_memory=room * one.block_bytes // one.block_size,
+        )
+        step = (seconds_of(engine, case, long) - seconds_of(engine, case, short)) / (long - short)
+        keys = case.prompt_keys + rows * (short + long) // 2
+        size = weights + keys * engine.block_bytes // engine.block_size
+        floor = size / bandwidth
+        table.add(case.name, f"{size / 1e6:,.0f} MB", human(floor), human(step), f"{step / floor:.2f}")
+        results[case.name] = {"bytes": size, "floor_seconds": floor, "seconds": step}
+    return table, results
 
 
 def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
@@ -305,7 +350,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model, tokenizer = load(arguments.model, getattr(torch, arguments.dtype), arguments.device)
-    engine = RolloutEngine(model, tokenizer)
+    engine = RolloutEngine(model, tokenizer, max_batch_size=64 if arguments.device == "cpu" else 256)
     table = Table(
         f"{arguments.model}, {arguments.dtype}, {arguments.device}, {torch.get_num_threads()} threads",
         ("workload", "way", "time", "middle half", "tokens/s", "ours is faster by", "to reach"),
@@ -329,10 +374,13 @@ def main() -> None:
                 "" if name == "gpo-fast" else f"{timing.median / own:.2f} x",
                 "" if target is None else f"{target:g} x",
             )
+    data = {"notes": notes, "times": measured, "engine": engine.stats()}
     tables = [table]
     if arguments.device == "cuda":
-        tables.append(floor_table(engine, model, [8] if arguments.quick else [64, 256]))
-    finish(arguments, tables, {"notes": notes, "times": measured, "engine": engine.stats()})
+        del engine  # its pool
+        steps, data["decode_steps"] = decode_steps(model, tokenizer, arguments.quick)
+        tables.append(steps)
+    finish(arguments, tables, data)
     for note in dict.fromkeys(notes):
         print(note)
 

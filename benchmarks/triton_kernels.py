@@ -6,8 +6,8 @@
 Decode attention: branches of shared prefixes, against plain paged attention by the same kernel (nothing shared) and
 against scaled_dot_product_attention over a cache that is repeated for each branch; the floor is the time to read every
 key and value once at the measured copy bandwidth. Tree attention: forward and backward, against FlexAttention with the
-same mask and against causal attention over the padded, separate branches. Sampling: against the engine's torch
-sampler and softmax + multinomial. Peers run interleaved; medians, with the 10th and 90th percentiles in the JSON.
+same mask and against causal attention over the padded, separate branches. Sampling: against the plain torch sampler and
+softmax + multinomial. Peers run interleaved; medians, with the 10th and 90th percentiles in the JSON.
 """
 
 from __future__ import annotations

@@ -98,15 +98,29 @@ class WorkCapacity:
 
     @classmethod
     def bound(
-        cls, rows: int, keys_per_row: int, levels: int, *, block_size: int, kv_heads: int, programs: int
+        cls,
+        rows: int,
+        keys_per_row: int,
+        levels: int,
+        *,
+        block_size: int,
+        heads_per_kv: int,
+        kv_heads: int,
+        programs: int,
     ) -> WorkCapacity:
-        """Enough for every plan of up to `rows` rows of up to `keys_per_row` keys in up to `levels` groups each."""
+        """Enough for every plan of up to `rows` rows of up to `keys_per_row` keys in `levels` groups each on average.
+
+        An item that is not there costs an empty program in every launch, so their numbers are kept near the truth: a
+        unit has one item for each of its row blocks, and the chunks of all units together make at most `programs` more.
+        """
         entries = rows * (levels + 1)
-        items = entries + -(-programs // kv_heads)
-        parts = entries + rows * (keys_per_row // MIN_CHUNK)
+        more = -(-programs // kv_heads)
+        large_rows = LARGE_ROWS // heads_per_kv  # of a row block
+        large_units = min(entries, entries * heads_per_kv // SMALL_ROWS)
+        parts = entries + min(rows * (keys_per_row // MIN_CHUNK), more * large_rows)
         # A row's pages and, for each of its lists, at most one page that is not full.
         pages = rows * (-(-keys_per_row // block_size) + levels + 1)
-        return cls(rows, entries, pages, items, items, parts)
+        return cls(rows, entries, pages, entries + more, large_units + entries // large_rows + more, parts)
 
     def holds(self, other: WorkCapacity) -> bool:
         return all(own >= needed for own, needed in zip(astuple(self), astuple(other)))
@@ -160,7 +174,7 @@ def build_work(plan: Plan, *, block_size: int, heads_per_kv: int, kv_heads: int,
     small = entries * heads_per_kv <= SMALL_ROWS
     block_rows = np.where(small, np.maximum(entries, 1), LARGE_ROWS // heads_per_kv)
     blocks = -(-entries // block_rows)
-    share = int((blocks * keys).sum()) * kv_heads // max(1, programs)
+    share = -(-int((blocks * keys).sum()) * kv_heads // programs)
     chunk = max(MIN_CHUNK, -(-share // MIN_CHUNK) * MIN_CHUNK)
     chunks = -(-keys // chunk)
 
@@ -249,8 +263,10 @@ class DeviceWork:
                 f"the buffer is for {self.heads_per_kv} heads per kv head and pages of {self.block_size} tokens, "
                 f"got a list for {work.heads_per_kv} and {work.block_size}"
             )
-        # A fresh pinned buffer for each step: the one of the last step may still be read by the device.
-        host = torch.empty(self._buffer.shape, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
+        # The pages are the last array: what is not used of their room is not copied. A fresh pinned buffer for each
+        # step: the one of the last step may still be read by the device.
+        size = self._at["pages"][0] + len(work.pages)
+        host = torch.empty(size, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
         flat = host.numpy()
         counts = np.array([len(work.small_items), len(work.large_items)], np.int32)
         # Rows beyond the list's have no parts.
@@ -268,7 +284,7 @@ class DeviceWork:
         for name, array in contents.items():
             start, _ = self._at[name]
             flat[start : start + array.size] = array.reshape(-1)
-        self._buffer.copy_(host, non_blocking=True)
+        self._buffer[:size].copy_(host, non_blocking=True)
 
     def launches(self) -> Iterator[tuple[Tensor, Tensor, int]]:
         """(items, their count, stacked rows of an item at most) for each of the two lists."""

@@ -180,7 +180,7 @@ def test_long_rows_are_split_into_parts_and_merged() -> None:
 
 def test_a_padded_work_list_is_refilled_in_place() -> None:
     """What a CUDA graph replays: one buffer, new contents, rows that grow, padding rows that give zeros."""
-    capacity = WorkCapacity.bound(8, 256, 3, block_size=16, kv_heads=2, programs=8)
+    capacity = WorkCapacity.bound(8, 256, 3, block_size=16, heads_per_kv=2, kv_heads=2, programs=8)
     device_work = DeviceWork(capacity, heads_per_kv=2, block_size=16, device=DEVICE)
     buffer = device_work.entry_rows.data_ptr()
     for seed in range(3):
@@ -224,7 +224,13 @@ def test_each_key_of_each_row_is_computed_once(seed: int) -> None:
     assert sorted(parts) == list(range(work.part_offsets[-1]))
     assert all(len(i) * per_kv <= SMALL_ROWS for i in work.small_items[:, 1:2])
     limit = WorkCapacity.bound(
-        len(forest.slots), int(forest.lengths.max()), 3, block_size=block_size, kv_heads=2, programs=programs
+        len(forest.slots),
+        int(forest.lengths.max()),
+        3,
+        block_size=block_size,
+        heads_per_kv=per_kv,
+        kv_heads=2,
+        programs=programs,
     )
     assert limit.holds(work.size()), (limit, work.size())
 

@@ -1,18 +1,21 @@
 """Attention over a paged KV pool, registered with transformers as "gpo_fast_paged".
 
 The model runs one packed row of tokens [1, N]; the attention function receives only the new keys and values, writes
-them to the pool and lets every token see the segments of pages that are its own. The batch's metadata travels as a
-keyword argument of the forward pass.
+them to the pool and lets every token see the pages that are its own. The batch's metadata travels as a keyword argument
+of the forward pass. On a GPU it is attention_gpu.py's; here is that of a CPU, and plain torch for other devices.
+
+No mask is registered under the name: transformers then builds none and does not look at the positions, which on a GPU
+would wait for the device in every pass and could not be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from gpo_fast import _C
 from gpo_fast.rollout import memory
@@ -53,9 +56,19 @@ class KVPool:
         self.values[:, new] = self.values[:, old]
 
 
+class Batch(Protocol):
+    """What the attention function needs to know of a forward pass's N tokens."""
+
+    softcap: float
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float) -> Tensor:
+        """Writes the new keys and values [N, kv heads, head size], then attends with queries [N, heads, head size]."""
+        ...
+
+
 @dataclass
 class PagedBatch:
-    """What a forward pass needs to know of its N tokens."""
+    """A batch that names the segments of pages which each token sees."""
 
     pool: KVPool
     slots: Tensor  # int64 [N]: where each new token's key and value go
@@ -68,6 +81,16 @@ class PagedBatch:
         if key not in self.plans:
             self.plans[key] = attention_plan(self.segments, len(self.slots), self.pool, num_heads, scale, softcap)
         return self.plans[key]
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float) -> Tensor:
+        """See `Batch`."""
+        pool_keys, pool_values = self.pool.keys[layer], self.pool.values[layer]
+        pool_keys.index_copy_(0, self.slots, keys.to(pool_keys.dtype))
+        pool_values.index_copy_(0, self.slots, values.to(pool_values.dtype))
+        queries = queries.to(pool_keys.dtype).contiguous()
+        if queries.device.type == "cpu":
+            return attend_cpp(queries, pool_keys, pool_values, self.plan(queries.shape[1], scale, softcap))
+        return attend_gathered(queries, pool_keys, pool_values, self, scale, softcap)
 
 
 def attention_plan(
@@ -100,23 +123,17 @@ def paged_attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    paged_batch: PagedBatch | None = None,
+    paged_batch: Batch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Writes the new keys and values, then attends. Returns [1, N, heads, head size]."""
     if paged_batch is None:
         raise RuntimeError(f"the attention {NAME!r} runs only inside a RolloutEngine")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values = paged_batch.pool.keys[layer], paged_batch.pool.values[layer]
-    keys.index_copy_(0, paged_batch.slots, key[0].transpose(0, 1).to(keys.dtype))
-    values.index_copy_(0, paged_batch.slots, value[0].transpose(0, 1).to(values.dtype))
-    queries = query[0].transpose(0, 1).to(keys.dtype).contiguous()  # [N, heads, head size]
+    queries, keys, values = (t[0].transpose(0, 1) for t in (query, key, value))
     scale = scaling if scaling is not None else queries.shape[-1] ** -0.5
     softcap = kwargs.get("softcap") or paged_batch.softcap
-    if queries.device.type == "cpu":
-        output = attend_cpp(queries, keys, values, paged_batch.plan(queries.shape[1], scale, softcap))
-    else:
-        output = attend_gathered(queries, keys, values, paged_batch, scale, softcap)
+    output = paged_batch.attend(layer, queries, keys, values, scale, softcap)
     return output[None].to(query.dtype), None
 
 
@@ -165,9 +182,4 @@ def attend_gathered(
     return (output / total[..., None]).nan_to_num(0).to(queries.dtype)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The pages say what a token sees: no mask is built."""
-
-
 AttentionInterface.register(NAME, paged_attention_forward)
-AttentionMaskInterface.register(NAME, _no_mask)

@@ -15,14 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from gpo_fast import _C
 from gpo_fast._C import PrefixCache
-from gpo_fast.rollout.attention import NAME, KVPool, PagedBatch
+from gpo_fast.rollout.attention import NAME, KVPool
 from gpo_fast.rollout.branch import Branch, Prefill
-from gpo_fast.rollout.packed import PackedDecoder
-from gpo_fast.rollout.segments import Segments, chunk_segment, concatenate, private_segments, shared_segments
+from gpo_fast.rollout.runner import Chunk, Step, runner_for
+from gpo_fast.rollout.sampler import Drawn
 from gpo_fast.rollout.stream import RolloutStream
 from gpo_fast.rollout.traces import Traces
 from gpo_fast.rollout.types import Completion, Request
@@ -44,11 +42,12 @@ class RolloutEngine:
         seed: first of the seeds that requests without one get.
         share_prefixes: read the keys that branches share once for all of them; False reads them for each.
         fast_forward: on a CPU, run known architectures (Llama, Qwen2, Qwen3, Mistral) in C++ on a packed copy of
-            the weights; False runs the model's own modules. The log says which runs.
+            the weights; on a GPU, replay decode steps as CUDA graphs. False runs the model's own modules, kernel by
+            kernel. The log says which runs.
 
     Raises:
-        ValueError: a model whose attention is not full (sliding window, latent, linear, chunked), or KV memory that
-            cannot hold one page.
+        ValueError: a model whose attention is not full (sliding window, latent, linear, chunked), KV memory that
+            cannot hold one page, or on a GPU a `block_size` that is no power of two.
     """
 
     def __init__(
@@ -80,8 +79,6 @@ class RolloutEngine:
         config = self._base.config.get_text_config()
         refuse_unsupported(config)
         self.max_length = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-        self._softcap = float(getattr(config, "attn_logit_softcapping", None) or 0.0)
-        self._logit_softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -106,8 +103,6 @@ class RolloutEngine:
             config.num_hidden_layers, self.num_blocks, block_size, kv_heads, head_dim, dtype, weight.device
         )
         self._vocabulary = self._base.get_input_embeddings().weight.shape[0]
-        self._packed = self._pack(fast_forward)
-        self._packed_epoch = 0
         self._epoch = 0
         self._next_seed = seed
         self.end_tokens = _end_tokens(self._base, tokenizer)
@@ -126,6 +121,16 @@ class RolloutEngine:
             0,
         )
         self.seconds = dict.fromkeys(("schedule", "forward", "sample"), 0.0)
+        self._runner = runner_for(weight.device)(
+            self._base,
+            self.pool,
+            self.cache,
+            counters=self.counters,
+            seconds=self.seconds,
+            max_rows=max_batch_size,
+            share_prefixes=share_prefixes,
+            fast=fast_forward,
+        )
 
     # -- the public face ------------------------------------------------------------------------------------
 
@@ -178,6 +183,7 @@ class RolloutEngine:
         self._epoch += 1
         self.cache.begin_epoch(self._epoch)
         self.cache.evict(self.cache.stats()["stale"])  # the next pages are memory that has been written to before
+        self._runner.weights_changed()
 
     def stats(self) -> dict[str, Any]:
         """Counters and seconds by phase since the engine was made, and the prefix cache's state."""
@@ -232,87 +238,45 @@ class RolloutEngine:
             if was_training:
                 self.model.train()
 
-    def forward(self, running: list[Branch], chunks: list[tuple[Prefill, int]]) -> Tensor:
+    def step(
+        self, running: list[Branch], chunks: list[tuple[Prefill, int]], sampled: list[Branch], rows: np.ndarray
+    ) -> Drawn:
         """One pass over the last token of each running branch and `tokens[first:computed]` of each (entry, first).
 
-        Room for the running branches' tokens has been reserved. Returns the logits [rows, vocabulary] of the
-        running branches, then of the entries that this pass completes.
+        Room for the running branches' tokens has been reserved. The pass has a row of logits for each running branch,
+        then for each entry that it completes; branch i of `sampled` draws its next token from row `rows[i]`.
         """
         start = time.perf_counter()
+        step = self._arrays(running, chunks, sampled, rows)
+        self.counters["decode_tokens"] += len(running)
+        self.counters["prefill_tokens"] += len(step.tokens) - len(running)
+        self.seconds["schedule"] += time.perf_counter() - start
+        return self._runner.run(step)
+
+    def _arrays(
+        self, running: list[Branch], chunks: list[tuple[Prefill, int]], sampled: list[Branch], rows: np.ndarray
+    ) -> Step:
+        """The arrays of a step; appends the running branches' tokens to their sequences."""
         decoding = np.array([b.sequence for b in running], dtype=np.int64)
         last = np.array([b.tokens[-1] for b in running], dtype=np.int32)
-        counts = np.array([1] * len(running) + [e.computed - first for e, first in chunks])
-        slots = self.cache.append(decoding, last, 1)
         at = np.array([len(b.prompt) + len(b.tokens) - 1 for b in running], dtype=np.int64)
-        tokens = np.concatenate([last, *(e.tokens[first : e.computed] for e, first in chunks)]).astype(np.int64)
-        slots = np.concatenate([slots, *(e.slots[first - e.hit : e.computed - e.hit] for e, first in chunks)])
-        positions = np.concatenate([at, *(np.arange(first, e.computed) for e, first in chunks)])
+        slots = self.cache.append(decoding, last, 1)
+        counts = np.array([1] * len(running) + [e.computed - first for e, first in chunks])
         complete = np.array([True] * len(running) + [e.missing == 0 for e, _ in chunks])
-        selected = (np.cumsum(counts) - 1)[complete].astype(np.int32)
-        segments = self._segments(decoding, at + 1, chunks)
-        self.pool.copy(*self.cache.take_copies())
-        self.cache.acknowledge_copies()
-        self.seconds["schedule"] += time.perf_counter() - start
-        start = time.perf_counter()
-        if self._packed is not None:
-            if self._packed_epoch != self._epoch:
-                self._packed.repack()
-                self._packed_epoch = self._epoch
-            logits = self._packed.forward(tokens, positions, slots.astype(np.int64), segments, selected)
-        else:
-            logits = self._forward_modules(tokens, positions, slots, segments, selected)
-        self.counters["decode_tokens"] += len(running)
-        self.counters["prefill_tokens"] += len(tokens) - len(running)
-        self.seconds["forward"] += time.perf_counter() - start
-        return logits
-
-    # -- the forward pass -----------------------------------------------------------------------------------
-
-    def _segments(self, decoding: np.ndarray, lengths: np.ndarray, chunks: list[tuple[Prefill, int]]) -> Segments:
-        """What each row of the pass sees."""
-        parts = []
-        if len(decoding) and self.share_prefixes:
-            parts.append(shared_segments(self.cache.plan(decoding), lengths))
-            self.counters["shared_reads_saved"] += parts[0].saved_keys
-        elif len(decoding):
-            parts.append(private_segments(self.cache.block_tables(decoding), lengths, self.block_size))
-        row = len(decoding)
-        for entry, first in chunks:
-            pages = entry.pages[: -(-entry.computed // self.block_size)]
-            parts.append(chunk_segment(pages, row, first, entry.computed))
-            row += entry.computed - first
-        return concatenate(parts)
-
-    def _forward_modules(
-        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, segments: Segments, selected: np.ndarray
-    ) -> Tensor:
-        """The model's own modules with paged attention: any causal LM, any device."""
-        device = self.pool.keys.device
-        batch = PagedBatch(self.pool, torch.from_numpy(slots).long().to(device), segments, self._softcap)
-        output = self._base.get_decoder()(
-            input_ids=torch.from_numpy(tokens)[None].to(device),
-            position_ids=torch.from_numpy(positions)[None].to(device),
-            use_cache=False,
-            paged_batch=batch,
+        return Step(
+            tokens=np.concatenate([last, *(e.tokens[first : e.computed] for e, first in chunks)]).astype(np.int64),
+            positions=np.concatenate([at, *(np.arange(first, e.computed) for e, first in chunks)]),
+            slots=np.concatenate([slots, *(e.slots[first - e.hit : e.computed - e.hit] for e, first in chunks)]).astype(
+                np.int64
+            ),
+            decoding=decoding,
+            chunks=[Chunk(e.pages[: -(-e.computed // self.block_size)], first, e.computed) for e, first in chunks],
+            selected=(np.cumsum(counts) - 1)[complete].astype(np.int32),
+            rows=rows,
+            keys=np.array([b.key for b in sampled], dtype=np.uint64),
+            drawn=np.array([len(b.tokens) for b in sampled], dtype=np.uint64),
+            params=[b.params for b in sampled],
         )
-        return self._logits(output.last_hidden_state[0, torch.from_numpy(selected).long().to(device)])
-
-    def _pack(self, wanted: bool) -> PackedDecoder | None:
-        reason = "" if wanted else "fast_forward is off"
-        if wanted:
-            try:
-                packed = PackedDecoder(self._base, self.pool)
-            except ValueError as error:
-                reason = f"{error} has no fast forward pass"
-            else:
-                log.info("rollouts run the packed C++ forward pass with %s kernels", _C.cpu_kernels())
-                return packed
-        log.info("rollouts run the model's own modules: %s", reason)
-        return None
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self._base.get_output_embeddings()(hidden).float()
-        return self._logit_softcap * torch.tanh(logits / self._logit_softcap) if self._logit_softcap else logits
 
 
 def refuse_unsupported(config: Any) -> None:

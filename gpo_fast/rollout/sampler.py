@@ -7,6 +7,7 @@ branch's tokens do not depend on how requests are scheduled.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,16 @@ from torch import Tensor
 
 from gpo_fast import _C
 from gpo_fast.rollout.types import SamplingParams
+
+
+class Drawn(NamedTuple):
+    """One token for each row: their ids (int64) and log-probabilities under temperature 1 without filters, and under
+    the distribution that was sampled from (0 for greedy rows)."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    sampling_logprobs: np.ndarray
+
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -42,25 +53,16 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def sample(
-    logits: Tensor, params: Sequence[SamplingParams], uniform: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One token for each row of `logits` (rows, vocabulary).
-
-    Returns:
-        tokens (int64), their logprobs under temperature 1 without filters, and their logprobs under the
-        distribution that was sampled from (0 for greedy rows); each of shape (rows,).
-    """
+def sample(logits: Tensor, params: Sequence[SamplingParams], uniform: np.ndarray) -> Drawn:
+    """One token for each row of `logits` (rows, vocabulary). On a GPU the engine runs kernels/sampling.py instead."""
     if logits.device.type == "cpu":
         return _sample_cpp(logits, params, uniform)
     return sample_torch(logits, params, uniform)
 
 
-def _sample_cpp(
-    logits: Tensor, params: Sequence[SamplingParams], uniform: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _sample_cpp(logits: Tensor, params: Sequence[SamplingParams], uniform: np.ndarray) -> Drawn:
     logits = logits.float().contiguous()
-    drawn: tuple[np.ndarray, np.ndarray, np.ndarray] = _C.sample(
+    drawn = _C.sample(
         logits.data_ptr(),
         vocabulary=logits.shape[-1],
         temperature=np.array([p.temperature for p in params], dtype=np.float32),
@@ -70,12 +72,10 @@ def _sample_cpp(
         uniform=uniform,
         threads=torch.get_num_threads(),
     )
-    return drawn
+    return Drawn(*drawn)
 
 
-def sample_torch(
-    logits: Tensor, params: Sequence[SamplingParams], uniform: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def sample_torch(logits: Tensor, params: Sequence[SamplingParams], uniform: np.ndarray) -> Drawn:
     """The same in torch: for devices without a kernel, and the reference of the tests."""
     logits = logits.float()
     rows = len(params)
@@ -95,7 +95,7 @@ def sample_torch(
     logprobs = logits[row, tokens] - normaliser
     sampling = torch.where(greedy, torch.zeros(()).to(logprobs), probabilities[row, tokens].log())
     packed = torch.stack([tokens.double(), logprobs.double(), sampling.double()]).cpu().numpy()
-    return packed[0].astype(np.int64), packed[1], packed[2]
+    return Drawn(packed[0].astype(np.int64), packed[1], packed[2])
 
 
 def _filter(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from gpo_fast.rollout.branch import Branch, Opened, Prefill, common_prefix
-from gpo_fast.rollout.sampler import sample, stream_key, uniforms
+from gpo_fast.rollout.sampler import Drawn, stream_key
 from gpo_fast.rollout.types import Completion, FinishReason, Request
 
 if TYPE_CHECKING:
@@ -148,19 +147,16 @@ class RolloutStream(Iterator[Completion]):
         chunks = self._chunks()
         self._counters["steps"] += 1
         self._seconds["schedule"] += time.perf_counter() - start
-        logits = self._engine.forward(self._running, chunks)
-        sampled = list(self._running)
-        copies = [1] * len(sampled)  # branches that take their next token from a row of the logits
         complete = [entry for entry, _ in chunks if entry.missing == 0]
+        sampled = [*self._running, *(branch for entry in complete for branch in entry.branches)]
+        copies = [1] * len(self._running) + [len(entry.branches) for entry in complete]
+        rows = np.repeat(np.arange(len(copies)), copies)  # of the logits: where each branch takes its next token
+        drawn = self._engine.step(self._running, chunks, sampled, rows)
         self._share(complete)
-        for entry in complete:
-            sampled += entry.branches
-            copies.append(len(entry.branches))
         self._running = sampled
         self._prefilling = [entry for entry in self._prefilling if entry.missing > 0]
         if sampled:
-            rows = np.repeat(np.arange(len(copies)), copies)
-            self._sample(sampled, logits if len(rows) == len(logits) else logits[rows])
+            self._record(sampled, drawn)
             self._retire()
 
     def _branches_of(self, number: int, request: Request) -> list[Branch]:
@@ -301,16 +297,12 @@ class RolloutStream(Iterator[Completion]):
             self._counters["preemptions"] += 1
             self._crowded = True
 
-    def _sample(self, branches: list[Branch], logits: Tensor) -> None:
+    def _record(self, branches: list[Branch], drawn: Drawn) -> None:
         start = time.perf_counter()
-        keys = np.array([b.key for b in branches], dtype=np.uint64)
-        drawn_before = np.array([len(b.tokens) for b in branches], dtype=np.uint64)
-        params = [b.params for b in branches]
-        tokens, logprobs, sampling = sample(logits, params, uniforms(keys, drawn_before))
-        for branch, token, logprob, drawn in zip(branches, tokens.tolist(), logprobs.tolist(), sampling.tolist()):
+        for branch, token, logprob, sampling_logprob in zip(branches, *(a.tolist() for a in drawn)):
             branch.tokens.append(token)
             branch.logprobs.append(logprob)
-            branch.sampling_logprobs.append(drawn)
+            branch.sampling_logprobs.append(sampling_logprob)
             branch.finish_reason = self._finish_reason(branch)
         self._seconds["sample"] += time.perf_counter() - start
 

@@ -48,6 +48,16 @@ def backward(
     return wanted
 
 
+def one_pass(head: Head, hidden: Tensor) -> ModuleType | None:
+    """The module that runs a loss of a trainable head in one pass, or None where two passes are better.
+
+    On a CPU they are: few rows' logits fit into the memory that we allow, and then W and its gradient are read and
+    written so often that it costs more than computing the logits again (docs/kernels.md has the figures).
+    """
+    path = choose(head, hidden)
+    return path if path is gpu or hidden.device.type != "cpu" else None
+
+
 def choose(head: Head, hidden: Tensor) -> ModuleType:
     """The module with the code for these inputs; the log says once which one and why."""
     path: ModuleType = chunked

@@ -51,8 +51,8 @@ def backward(
 def one_pass(head: Head, hidden: Tensor) -> ModuleType | None:
     """The module that runs a loss of a trainable head in one pass, or None where two passes are better.
 
-    On a CPU they are: few rows' logits fit into the memory that we allow, and then W and its gradient are read and
-    written so often that it costs more than computing the logits again (docs/kernels.md has the figures).
+    On a CPU they are: in the memory that we allow there is room for the logits of few rows, and W and its gradient go
+    through memory once for each such piece, which costs what computing the logits again does (docs/kernels.md).
     """
     path = choose(head, hidden)
     return path if path is gpu or hidden.device.type != "cpu" else None

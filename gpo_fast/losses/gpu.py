@@ -35,7 +35,8 @@ ROWS = 2048
 COLUMNS = 16384
 # Without stored blocks only three numbers per row and tile are alive.
 ROWS_WITHOUT_BLOCKS = 8192
-# One pass stores a block of all columns: 1,024 rows by 151,936 are 297 MiB in bfloat16.
+# One pass stores a block of all columns: 1,024 rows by 151,936 are 297 MiB in bfloat16. The head's gradient is read and
+# written once for so many rows.
 ROWS_OF_ONE_PASS = 1024
 
 

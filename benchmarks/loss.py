@@ -4,11 +4,13 @@
     python benchmarks/loss.py --only 1                 one row: the second of them
     python benchmarks/loss.py --quick                  a small shape, to see that it runs
     python benchmarks/loss.py --device cuda            the GPU shapes, with the fraction of the measured matmul ceiling
+    python benchmarks/loss.py --task passes            a trainable head in one pass over the vocabulary and in two
 
 Every measurement runs in a process of its own, peers in turn, `--rounds` times. Time: the fastest of two calls after a
 warm-up on a small input. Extra memory: the process's high-water mark during the call, less what it held before and the
 gradients that it leaves behind.
 The loss is GRPO (DPO in the rows named so); `F.linear_cross_entropy` has no policy loss and does its own, simpler one.
+"products of one pass" are its three matrix products for 1,024 rows at a time, by torch and rounded to bfloat16.
 A peer that does not finish within `--timeout` is reported as slower than that.
 """
 
@@ -41,6 +43,11 @@ TASKS = {
     "GRPO": ["gpo-fast", "plain torch", "plain torch, float32", "F.linear_cross_entropy", "Liger GRPO", "TRL chunked"],
     "DPO": ["gpo-fast", "plain torch", "Liger DPO"],
 }
+# Our own code with a trainable head, whichever it would choose.
+PASSES = [
+    "two passes", "one pass", "products of one pass", "two passes, float32", "one pass, float32",
+    "one pass of 128 MiB, float32",
+]  # fmt: skip
 # The goals: of plain torch's time, of its extra memory, and how much longer a peer must take (the others: 1).
 MOST_OF_PLAIN = {"frozen": 0.40, "trainable": 0.70}
 MOST_MEMORY = 0.03
@@ -48,11 +55,13 @@ LEAST_SPEED = {"F.linear_cross_entropy": 5.0}
 
 
 class Inputs:
-    """Random rows and head in bfloat16, made without a float32 copy of the head."""
+    """Random rows and head, made without a copy of the head in another type."""
 
-    def __init__(self, rows: int, vocab: int, width: int, device: str, trainable: bool) -> None:
+    def __init__(
+        self, rows: int, vocab: int, width: int, device: str, trainable: bool, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         generator = torch.Generator(device).manual_seed(0)
-        new = {"dtype": torch.bfloat16, "device": device, "generator": generator}
+        new = {"dtype": dtype, "device": device, "generator": generator}
         self.hidden = torch.randn(rows, width, **new).requires_grad_()
         self.weight = torch.randn(vocab, width, **new).mul_(width**-0.5).requires_grad_(trainable)
         self.targets = torch.randint(0, vocab, (rows,), device=device, generator=generator)
@@ -81,7 +90,11 @@ def plain_logprobs(inputs: Inputs, dtype: torch.dtype) -> Tensor:
 
 
 def losses(task: str) -> dict[str, Callable[[Inputs], Tensor]]:
-    from gpo_fast.losses import linear_policy_loss, linear_preference_loss
+    from gpo_fast.losses import chunked, cpu, dispatch, linear_policy_loss, linear_preference_loss
+
+    def one_pass_path(head: Any, hidden: Tensor) -> Any:
+        path = dispatch.choose(head, hidden)
+        return chunked if path is cpu else path  # the C++ code has no one pass
 
     def fast(x: Inputs) -> Tensor:
         hidden, targets = x.batched(x.hidden), x.batched(x.targets)
@@ -121,8 +134,26 @@ def losses(task: str) -> dict[str, Callable[[Inputs], Tensor]]:
         logprobs = ChunkedLogProbFunction.apply(x.hidden, x.weight, None, x.targets, 1.0, 8192, None, 1.0, ())[0]
         return grpo(x, logprobs)
 
+    def one_pass(x: Inputs) -> Tensor:
+        dispatch.one_pass = one_pass_path
+        return fast(x)
+
+    def one_pass_in_128_mib(x: Inputs) -> Tensor:
+        chunked.KEPT_ELEMENTS = 1 << 25
+        return one_pass(x)
+
+    def two_passes(x: Inputs) -> Tensor:
+        dispatch.one_pass = lambda head, hidden: None
+        return fast(x)
+
     loss = dpo if task == "DPO" else grpo
     return {
+        "two passes": two_passes,
+        "one pass": one_pass,
+        "products of one pass": ProductsOfOnePass.of,
+        "two passes, float32": two_passes,
+        "one pass, float32": one_pass,
+        "one pass of 128 MiB, float32": one_pass_in_128_mib,
         "gpo-fast": fast,
         "plain torch": lambda x: loss(x, plain_logprobs(x, torch.bfloat16)),
         "plain torch, float32": lambda x: loss(x, plain_logprobs(x, torch.float32)),
@@ -135,6 +166,29 @@ def losses(task: str) -> dict[str, Callable[[Inputs], Tensor]]:
     }
 
 
+class ProductsOfOnePass(torch.autograd.Function):
+    """A lower bound: of 1,024 rows at a time the logits, dHidden and dWeight, with no softmax in between."""
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Tensor:
+        return cls.apply(inputs.hidden, inputs.weight)
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for rows, grad in zip(hidden.split(1024), grad_hidden.split(1024)):
+            logits = rows @ weight.t()
+            torch.mm(logits, weight, out=grad)
+            grad_weight.addmm_(logits.t(), rows)
+        ctx.gradients = grad_hidden, grad_weight
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gradients, ctx.gradients = ctx.gradients, None
+        return gradients
+
+
 def resident(field: str) -> int:
     """Bytes that /proc/self/status gives for VmRSS or VmHWM."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
@@ -144,8 +198,9 @@ def resident(field: str) -> int:
 def measure(task: str, peer: str, shape: tuple[int, int, int], device: str, trainable: bool) -> dict[str, float]:
     """Seconds and extra bytes of one forward and backward pass, in this process."""
     call = losses(task)[peer]
-    call(Inputs(64, 512, 64, device, trainable)).backward()
-    inputs = Inputs(*shape, device, trainable)
+    dtype = torch.float32 if task == "passes" and peer.endswith("float32") else torch.bfloat16
+    call(Inputs(64, 512, 64, device, trainable, dtype)).backward()
+    inputs = Inputs(*shape, device, trainable, dtype)
     seconds, extra = [], []
     while len(seconds) < 2 and sum(seconds) < 60:
         inputs.hidden.grad = inputs.weight.grad = None
@@ -216,7 +271,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, metavar="ROW", help="one row, counted from 0")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one measurement")
-    parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
+    parser.add_argument("--task", choices=[*TASKS, "passes", "all"], default="all")
     parser.add_argument("--json", type=Path, help="write every measurement here")
     parser.add_argument(
         "--measure", nargs=5, metavar=("TASK", "PEER", "SHAPE", "DEVICE", "HEAD"), help=argparse.SUPPRESS
@@ -235,6 +290,7 @@ def main() -> None:
         for rows, vocab, width in shapes
         for task in tasks
         for head in ("frozen", "trainable")
+        if head == "trainable" or task != "passes"
     ]
     if options.only is not None and not 0 <= options.only < len(every):
         parser.error(f"--only must be in [0, {len(every)}), got {options.only}")
@@ -244,7 +300,7 @@ def main() -> None:
     for number, (task, head, shape) in enumerate(every):
         if options.only not in (None, number):
             continue
-        results: dict[str, list] = {peer: [] for peer in TASKS[task]}
+        results: dict[str, list] = {peer: [] for peer in (PASSES if task == "passes" else TASKS[task])}
         run = {"row": number, "task": task, "head": head, "shape": shape, "device": options.device, "results": results}
         record["runs"].append(run)
         for _ in range(rounds):
@@ -260,7 +316,8 @@ def main() -> None:
 
 def title(run: dict[str, Any]) -> str:
     rows, vocab, width = run["shape"]
-    return f"{run['task']}, {run['head']} head, T={rows} V={vocab} H={width}, bfloat16, {run['device']}"
+    dtype = "" if run["task"] == "passes" else " bfloat16,"
+    return f"{run['task']}, {run['head']} head, T={rows} V={vocab} H={width},{dtype} {run['device']}"
 
 
 def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:

@@ -8,7 +8,8 @@ m = max(top, top') the sums of the union of two disjoint ranges are
 
 `merge` folds the tiles of a range of the vocabulary into the state. `recentre` brings what the tiles stored from
 their own maxima to the new common one, so that it can be multiplied by W; `accumulate` adds that product to the
-sums kept so far, which first move to the new maximum themselves.
+sums kept so far, which first move to the new maximum themselves. `tile_gradients` turns what the tiles stored into the
+gradient of their logits instead, once the log-sum-exp of the whole row is known and the loss has been derived.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from gpo_fast.kernels.linear_logprob import Tiles
+from gpo_fast.kernels.linear_logprob import RowGradients, Tiles
 from torch import Tensor
 
 
@@ -87,6 +88,33 @@ def accumulate(state: SoftmaxState, kept: Tensor, product: Tensor, below: Tensor
     )
 
 
+def tile_gradients(tiles: Tiles, rows: RowGradients, temperature: float) -> Tensor:
+    """-p (logprob_grad + entropy_grad (log p + entropy)) c / temperature over the stored tiles, (N, C).
+
+    The targets' share is not in it. With entropy_grad, the tiles must hold `weighted`.
+    """
+    if tiles.sloped is None or (rows.entropy_grad is not None and tiles.weighted is None):
+        raise ValueError("the tiles were not stored")
+    count, columns = tiles.sloped.shape
+    height = 16
+    tile_gradients_kernel[(triton.cdiv(count, height), tiles.top.shape[0])](
+        tiles.sloped,
+        tiles.weighted if rows.entropy_grad is not None else None,
+        tiles.top,
+        rows.lse,
+        rows.entropy,
+        rows.logprob_grad,
+        rows.entropy_grad,
+        count,
+        columns,
+        1.0 / temperature,
+        HAS_ENTROPY_GRAD=rows.entropy_grad is not None,
+        BLOCK_ROWS=height,
+        BLOCK_COLUMNS=tiles.width,
+    )
+    return tiles.sloped
+
+
 @triton.jit
 def merge_kernel(top, mass, moment, rise, tile_top, tile_mass, tile_moment, rows, tiles, BLOCK: tl.constexpr):
     """BLOCK rows: reads three numbers of every tile in order; no reduction crosses programs."""
@@ -142,6 +170,48 @@ def recentre_kernel(
         product = tl.load(weighted + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(weighted + place, (factor * (product + fall * value)).to(weighted.dtype.element_ty), mask=inside)
     tl.store(sloped + place, (factor * value).to(sloped.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def tile_gradients_kernel(
+    sloped,  # in: exp(z - tile top) c; out: the gradient; (rows, columns)
+    weighted,  # exp(z - tile top) (z - tile top) c, (rows, columns), if HAS_ENTROPY_GRAD
+    tile_top,  # (tiles, rows) float32
+    lse,  # (rows,) float32
+    entropy,  # (rows,) float32
+    logprob_grad,  # (rows,) float32
+    entropy_grad,  # (rows,) float32, if HAS_ENTROPY_GRAD
+    rows,
+    columns,
+    inverse_temperature,
+    HAS_ENTROPY_GRAD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """One tile's columns: reads each stored number once, writes the gradient over the first of the two.
+
+    With d = tile top - lse, p = exp(d) exp(z - tile top) and log p = d + (z - tile top).
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tile = tl.program_id(1)
+    column = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    own = tl.load(tile_top + tile.to(tl.int64) * rows + row, mask=row < rows, other=float("-inf"))
+    # A tile that holds nothing but -inf stored zeros.
+    below = tl.where(own == float("-inf"), 0.0, own - tl.load(lse + row, mask=row < rows, other=0.0))
+    factor = -tl.load(logprob_grad + row, mask=row < rows, other=0.0)
+    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    value = tl.load(sloped + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_ENTROPY_GRAD:
+        row_entropy_grad = tl.load(entropy_grad + row, mask=row < rows, other=0.0)
+        row_entropy = tl.load(entropy + row, mask=row < rows, other=0.0)
+        product = tl.load(weighted + place, mask=inside, other=0.0).to(tl.float32)
+        factor = factor - row_entropy_grad * (below + row_entropy)
+        value = factor[:, None] * value - row_entropy_grad[:, None] * product
+    else:
+        value = factor[:, None] * value
+    value = (tl.exp(below) * inverse_temperature)[:, None] * value
+    tl.store(sloped + place, value.to(sloped.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -1,31 +1,31 @@
 """The Triton kernels of the losses: their numbers in the interpreter, and what they compile to for three GPUs.
 
-The interpreter is chosen when a kernel is defined, so its tests run in a process of their own.
+The interpreter is chosen when a kernel is defined: where there is a GPU, its tests run in a process of their own.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 import torch
+from aot import ARCHS, COMPILE_ALL, SHARED_LIMIT, Job, compile_ahead
 
 triton = pytest.importorskip("triton")
+from gpo_fast.kernels import linear_logprob  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_numbers_in_the_interpreter")
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel cannot be compiled")
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+tile_shape = linear_logprob.tile_shape  # what a GPU gets; the tests in the interpreter take a smaller one
 
 
-@compiled_only
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets the kernels already")
 def test_numbers_in_the_interpreter() -> None:
     """Every test of this file marked `in_the_interpreter`, and those of the losses that go through the kernels."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
@@ -39,8 +39,6 @@ def _through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter: everything on the CPU goes to the Triton path, in blocks small enough to have several."""
     if not INTERPRETED:
         return
-    from gpo_fast.kernels import linear_logprob
-
     from gpo_fast.losses import gpu, token_loss
 
     monkeypatch.setattr(token_loss, "supported", lambda new, loss_type, others: loss_type not in ("gspo", "rloo"))
@@ -48,6 +46,7 @@ def _through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "ROWS", 48)
     monkeypatch.setattr(gpu, "ROWS_WITHOUT_BLOCKS", 64)
     monkeypatch.setattr(gpu, "COLUMNS", 192)
+    monkeypatch.setattr(gpu, "ROWS_OF_ONE_PASS", 16)
     small = linear_logprob.TileShape(rows=64, columns=64, depth=64, warps=4, stages=2)
     monkeypatch.setattr(linear_logprob, "tile_shape", lambda *arguments, **options: small)
 
@@ -170,6 +169,38 @@ def test_policy_losses_through_the_kernels(loss_type: str, kl: str, monkeypatch:
         assert relative_error(value, exact) < 1e-5
 
 
+@in_the_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_tiles_become_gradients(with_entropy: bool, softcap: float | None, dtype: torch.dtype) -> None:
+    """Of all columns but the targets; a bias of -inf forbids the first tile."""
+    from gpo_fast.kernels.linear_logprob import HeadColumns, RowGradients, softmax_tiles
+    from gpo_fast.kernels.linear_logprob_merge import SoftmaxState, merge, tile_gradients
+    from test_losses_numerics import TOLERANCE, random_inputs, relative_error
+
+    hidden, weight, _, _ = random_inputs(37, 40, 300, dtype, spread=3.0)
+    bias = torch.where(torch.arange(300) < 70, -torch.inf, 0.0) if softcap is None else 0.1 * torch.randn(300)
+    logprob_grad, entropy_grad = torch.randn(37), torch.randn(37)
+    tiles = softmax_tiles(
+        hidden, None, HeadColumns(weight, bias, None, 0.7, softcap), store_sloped=True, store_weighted=with_entropy
+    )
+    state = SoftmaxState.empty(hidden)
+    merge(state, tiles)
+    at = RowGradients(state.lse, state.mass.log() - state.mean, logprob_grad, entropy_grad if with_entropy else None)
+    gradient = tile_gradients(tiles, at, 0.7)
+
+    raw = hidden.double() @ weight.double().t() + bias.double()
+    slope = torch.ones_like(raw) if softcap is None else 1 - torch.tanh(raw / softcap) ** 2
+    log_probs = torch.log_softmax((raw if softcap is None else softcap * torch.tanh(raw / softcap)) / 0.7, dim=-1)
+    probs = log_probs.exp()
+    entropy = -torch.special.xlogy(probs, probs).sum(-1, keepdim=True)
+    factor = logprob_grad.unsqueeze(-1).expand_as(probs)
+    if with_entropy:
+        factor = factor + entropy_grad.unsqueeze(-1) * (log_probs.clamp(min=-1e9) + entropy)
+    assert relative_error(gradient, -probs * factor * slope / 0.7) <= TOLERANCE[dtype]
+
+
 INTEGERS = {"count", "rows", "columns", "width", "rank", "entries", "tiles", "row_start", "column_start", "height"}
 FLOATS = {
     "inverse_temperature", "softcap", "low", "high", "dual_clip", "beta", "awr_beta", "awr_max_exponent",
@@ -183,46 +214,20 @@ FLOAT32 = {
 INT64 = {"targets", "target_rows", "first"}
 
 
-def compile_ahead(kernel, architecture: int, dtype: str, constants: dict, *, warps: int = 4, stages: int = 3):
-    """The kernel for one GPU; an argument named in `constants` (None: an absent pointer) is not passed at run time."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, values, hints = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            values[(index,)] = constants[name]
-            continue
-        if name in FLOATS:
-            signature[name] = "fp32"
-        elif name in INTEGERS or name.endswith("_stride"):
-            signature[name] = "i32"
+def job(kernel: str, dtype: str, constants: dict, **launch: int) -> Job:
+    """The kernel "module:name" on tensors of `dtype`; None in `constants` is a pointer that is absent."""
+    module, name = kernel.split(":")
+    arguments = {}
+    for argument in getattr(import_module(f"gpo_fast.kernels.{module}"), name).arg_names:
+        if argument in constants:
+            arguments[argument] = constants[argument]
+        elif argument in FLOATS:
+            arguments[argument] = "fp32"
+        elif argument in INTEGERS or argument.endswith("_stride"):
+            arguments[argument] = "i32:16"
         else:
-            signature[name] = "*" + ("fp32" if name in FLOAT32 else "i64" if name in INT64 else dtype)
-        if name not in FLOATS:
-            hints[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, values, hints)
-    options = {"num_warps": warps, "num_stages": stages}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-
-
-def spilled_bytes(compiled, architecture: int, directory: Path) -> int | None:
-    """Registers that the assembler had to keep in memory, or None where there is no assembler for this GPU."""
-    name = "ptxas-blackwell" if architecture >= 100 else "ptxas"
-    shipped = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    assembler = str(shipped) if shipped.exists() else shutil.which("ptxas")
-    if assembler is None:
-        return None
-    source = directory / "kernel.ptx"
-    source.write_text(compiled.asm["ptx"])
-    suffix = "a" if architecture >= 90 else ""
-    command = [assembler, "-v", f"--gpu-name=sm_{architecture}{suffix}", str(source), "-o", os.devnull]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    stores = re.findall(r"(\d+) bytes spill stores", run.stderr)
-    assert stores, run.stderr
-    return sum(int(count) for count in stores)
+            arguments[argument] = "*" + ("fp32" if argument in FLOAT32 else "i64" if argument in INT64 else dtype)
+    return Job(f"gpo_fast.kernels.{kernel}", arguments, **launch)
 
 
 def logits_kernels() -> list[tuple[str, dict]]:
@@ -237,50 +242,69 @@ def logits_kernels() -> list[tuple[str, dict]]:
     ]
 
 
-@compiled_only
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_logits_run_on_the_tensor_cores(architecture: int, dtype: str, tmp_path: Path) -> None:
-    """The matrix instruction of each generation, within its shared memory, and no register spilled."""
-    from gpo_fast.kernels import linear_logprob
+def logits_job(architecture: int, name: str, options: dict, dtype: str) -> Job:
+    """The kernel as it is launched on that GPU."""
+    shape = tile_shape(
+        torch.bfloat16 if dtype == "bf16" else torch.float32,
+        divmod(architecture, 10),
+        softcap=options["HAS_SOFTCAP"],
+        store_weighted=options.get("STORE_WEIGHTED", False),
+    )
+    stored = {"STORE_SLOPED": "sloped", "STORE_WEIGHTED": "weighted"}
+    absent = {pointer: None for flag, pointer in stored.items() if not options.get(flag, True)}
+    launch = {
+        "EVEN_WIDTH": True,
+        "WIDEN": False,
+        "GROUP": linear_logprob.ROW_BLOCKS_PER_GROUP,
+        "BLOCK_ROWS": shape.rows,
+        "BLOCK_COLUMNS": shape.columns,
+        "BLOCK_DEPTH": shape.depth,
+    }
+    return job(
+        f"linear_logprob:{name}",
+        dtype,
+        {**options, **absent, **launch},
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+    )
 
-    for name, options in logits_kernels():
-        if dtype == "fp32" and not options["HAS_SOFTCAP"]:
-            continue  # the heavier variant of each kernel stands for the lighter ones
-        torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
-        shape = linear_logprob.tile_shape(
-            torch_dtype,
-            divmod(architecture, 10),
-            softcap=options["HAS_SOFTCAP"],
-            store_weighted=options.get("STORE_WEIGHTED", False),
-        )
-        absent = {
-            pointer: None
-            for flag, pointer in (("STORE_SLOPED", "sloped"), ("STORE_WEIGHTED", "weighted"))
-            if not options.get(flag, True)
-        }
-        constants = {
-            **options,
-            **absent,
-            "EVEN_WIDTH": True,
-            "WIDEN": False,
-            "GROUP": linear_logprob.ROW_BLOCKS_PER_GROUP,
-            "BLOCK_ROWS": shape.rows,
-            "BLOCK_COLUMNS": shape.columns,
-            "BLOCK_DEPTH": shape.depth,
-        }
-        kernel = getattr(linear_logprob, name)
-        compiled = compile_ahead(kernel, architecture, dtype, constants, warps=shape.warps, stages=shape.stages)
-        assert MATRIX_INSTRUCTION[architecture] in compiled.asm["ptx"], f"{name} {options}"
-        assert compiled.metadata.shared <= SHARED_MEMORY[architecture], f"{name} {options}"
-        spilled = spilled_bytes(compiled, architecture, tmp_path)
-        assert spilled in (0, None), f"{name} {options}: {spilled} bytes spilled"
+
+@pytest.mark.parametrize("architecture", ARCHS if COMPILE_ALL else [90])
+def test_logits_run_on_the_tensor_cores(architecture: int) -> None:
+    """The matrix instruction of each generation, within its shared memory, and no register spilled."""
+    # In float32 the heavier variant of each kernel stands for the lighter ones.
+    jobs = [
+        logits_job(architecture, name, options, dtype)
+        for dtype in ("bf16", "fp32")
+        for name, options in logits_kernels()
+        if dtype == "bf16" or options["HAS_SOFTCAP"]
+    ]
+    for built in compile_ahead(jobs if COMPILE_ALL else jobs[1:5:3], archs=[architecture]):
+        assert built.uses(MATRIX_INSTRUCTION[architecture]), built.job
+        assert built.shared <= SHARED_LIMIT[architecture], built.job
+        assert built.spill_bytes == 0, built.job
 
 
 def small_kernels() -> list[tuple[str, str, dict]]:
     return [
         ("linear_logprob_merge", "merge_kernel", {"BLOCK": 64}),
         ("linear_logprob_merge", "recentre_kernel", {"HAS_WEIGHTED": True, "BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256}),
+        (
+            "linear_logprob_merge",
+            "tile_gradients_kernel",
+            {"HAS_ENTROPY_GRAD": True, "BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256},
+        ),
+        (
+            "linear_logprob_merge",
+            "tile_gradients_kernel",
+            {
+                "HAS_ENTROPY_GRAD": False,
+                "weighted": None,
+                "entropy_grad": None,
+                "BLOCK_ROWS": 16,
+                "BLOCK_COLUMNS": 256,
+            },
+        ),
         ("linear_logprob_merge", "accumulate_kernel", {"HAS_BELOW": True, "BLOCK": 1024}),
         (
             "linear_logprob_targets",
@@ -298,13 +322,8 @@ def small_kernels() -> list[tuple[str, str, dict]]:
     ]
 
 
-@compiled_only
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_the_other_kernels_compile_without_atomics(architecture: int, tmp_path: Path) -> None:
-    from importlib import import_module
-
-    for module, name, constants in small_kernels():
-        kernel = getattr(import_module(f"gpo_fast.kernels.{module}"), name)
-        compiled = compile_ahead(kernel, architecture, "bf16", constants)
-        assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"]), name
-        assert spilled_bytes(compiled, architecture, tmp_path) in (0, None), name
+def test_the_other_kernels_compile_without_atomics() -> None:
+    jobs = [job(f"{module}:{name}", "bf16", constants) for module, name, constants in small_kernels()]
+    for built in compile_ahead(jobs, archs=ARCHS if COMPILE_ALL else [90]):
+        assert not re.search(r"\b(atom|red)\.", built.ptx), built.job
+        assert built.spill_bytes == 0, built.job

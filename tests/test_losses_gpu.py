@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from test_losses_numerics import SHAPES, TOLERANCE, random_inputs, relative_error
@@ -36,14 +38,41 @@ def test_values_and_gradients(
         assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.2e}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES, (1937, 3584, 152064)])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "temperature": 0.7, "entropy_coef": 0.1}])
+def test_a_loss_in_one_pass(shape: tuple[int, int, int], dtype: torch.dtype, options: dict) -> None:
+    inputs = [tensor.cuda() for tensor in random_inputs(*shape, dtype)]
+    targets = inputs.pop()
+    old, advantages = (torch.randn(targets.shape, device="cuda") for _ in range(2))
+    old = old - math.log(shape[2])
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    output = linear_policy_loss(
+        *leaves[:2], targets, bias=leaves[2], loss_type="dapo", advantages=advantages, old_logprobs=old, **options
+    )
+    assert "Attach" in output.loss.grad_fn.name()
+    (output.loss / 3).backward()
+
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    of_head = {name: value for name, value in options.items() if name != "entropy_coef"}
+    logprobs, entropy = linear_logprob_reference(*exact[:2], targets, bias=exact[2], **of_head)
+    ratio = (logprobs - old).clamp(-20, 20).exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    gain = gain + options.get("entropy_coef", 0.0) * entropy
+    (-gain[targets != -100].mean() / 3).backward()
+    for leaf, reference in zip(leaves, exact):
+        assert relative_error(leaf.grad, reference.grad) <= TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("trainable", [False, True])
-def test_results_are_the_same_bits_every_time(trainable: bool) -> None:
+@pytest.mark.parametrize("loss_type", ["gspo", "grpo"])
+def test_results_are_the_same_bits_every_time(loss_type: str, trainable: bool) -> None:
     hidden, weight, _, targets = (tensor.cuda() for tensor in random_inputs(3000, 512, 20000, torch.bfloat16))
     outcomes = []
     for _ in range(3):
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trainable)]
         output = linear_policy_loss(
-            *leaves, targets, loss_type="gspo", advantages=torch.ones(1, device="cuda"), entropy_coef=0.1
+            *leaves, targets, loss_type=loss_type, advantages=torch.ones(1, device="cuda"), entropy_coef=0.1
         )
         output.loss.backward()
         outcomes.append([output.loss.detach(), output.logprobs, *(leaf.grad for leaf in leaves if leaf.requires_grad)])
@@ -62,3 +91,17 @@ def test_extra_memory_is_a_fraction_of_the_logits(trainable: bool) -> None:
     extra = torch.cuda.max_memory_allocated() - before
     gradients = hidden.nbytes + (weight.nbytes if trainable else 0)
     assert extra - gradients < 0.15 * 8192 * 151936 * 4
+
+
+def test_extra_memory_of_one_pass() -> None:
+    """Beside the gradients: the head's in float32, and the exponentials of 1,024 rows."""
+    hidden, weight, _, targets = (tensor.cuda() for tensor in random_inputs(4096, 1024, 151936, torch.bfloat16))
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_policy_loss(
+        hidden, weight, targets, loss_type="ppo", advantages=torch.ones(1, device="cuda")
+    ).loss.backward()
+    extra = torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes
+    assert extra < 1.1 * (4 * weight.numel() + 2 * 1024 * 151936)

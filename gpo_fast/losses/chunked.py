@@ -2,6 +2,9 @@
 
 The path for every device and dtype that has no kernels of its own. The formulas are in `rows.py`. On a GPU, rows
 with several targets add them with atomics (`index_add_`): only there the last bits may differ from run to run.
+
+`forward` and `backward` are two passes over the vocabulary; `forward_logits` and `add_gradients` are one, for some
+rows whose logits are kept in between (see `one_pass.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gpo_fast.losses.head import Head, matmul_wide, wide_dtype
+from gpo_fast.losses.head import Head, add_product, matmul_wide, wide_dtype
 from gpo_fast.losses.rows import (
     Batch,
     ForwardWants,
@@ -19,6 +22,7 @@ from gpo_fast.losses.rows import (
     GradientWants,
     OutputGradients,
     Rows,
+    Totals,
     row_sums,
     target_shares,
 )
@@ -28,6 +32,8 @@ from gpo_fast.losses.rows import (
 CPU_CHUNK_ELEMENTS = 1 << 21
 GPU_CHUNK_ELEMENTS = 1 << 26
 ROWS_PER_CHUNK = 1024
+# Logits that one pass keeps: 1 GiB in float32.
+KEPT_ELEMENTS = 1 << 28
 
 
 def forward(head: Head, batch: Batch, wants: ForwardWants) -> Rows:
@@ -37,7 +43,8 @@ def forward(head: Head, batch: Batch, wants: ForwardWants) -> Rows:
     return Rows(*columns)  # type: ignore[arg-type]
 
 
-def _forward_rows(head: Head, batch: Batch, wants: ForwardWants) -> Rows:
+def _forward_rows(head: Head, batch: Batch, wants: ForwardWants, kept: Tensor | None = None) -> Rows:
+    """The rows of `batch` at once; `kept` (N, V) gets their logits."""
     hidden, targets, target_rows = batch.hidden, batch.targets, batch.target_rows
     count, width = hidden.shape
     top = hidden.new_full((count,), -torch.inf, dtype=wide_dtype(hidden.dtype))  # running maximum
@@ -50,6 +57,8 @@ def _forward_rows(head: Head, batch: Batch, wants: ForwardWants) -> Rows:
 
     for vocab in vocab_chunks(head, count):
         logits, slope = head.logits(hidden, batch.extra, vocab)
+        if kept is not None:
+            kept[:, vocab] = logits
         here, at = entries_within(vocab, targets, target_rows)
         target_logits[here] = logits[at]
         target_slopes[here] = (1.0 if slope is None else slope[at]) / head.temperature
@@ -108,56 +117,74 @@ def backward(
     head: Head, batch: Batch, lse: Tensor, entropy: Tensor, gradients: OutputGradients, wants: GradientWants
 ) -> Gradients:
     """Recompute the logits and give the gradients that are wanted."""
-    hidden, extra = batch.hidden, batch.extra
-    row_gradients = row_sums(gradients.logprobs, batch.first_entries())
-
-    def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
-        return torch.zeros_like(like, dtype=lse.dtype) if wanted and like is not None else None
-
-    grad_hidden = zeros(hidden, wants.hidden)
-    grad_weight = zeros(head.weight, wants.weight)
-    grad_bias = zeros(head.bias, wants.bias)
-    grad_extra = zeros(extra, wants.extra)
-    grad_lora_b = zeros(head.lora_b, wants.lora_b)
+    totals = Totals.of_head(head, wants).with_rows(batch, wants)
     for rows, entries, part in row_chunks(batch):
-        x, u = part.hidden, part.extra
-        for vocab in vocab_chunks(head, x.shape[0]):
+        of_part = OutputGradients(
+            gradients.logprobs[entries], None if gradients.entropy is None else gradients.entropy[rows]
+        )
+        _add_gradients(head, part, lse[rows], entropy[rows], of_part, totals.of_rows(rows))
+    return totals.gradients(head)
+
+
+def rows_at_once(head: Head, hidden: Tensor) -> int:
+    """How many rows' logits one pass keeps."""
+    return max(1, min(ROWS_PER_CHUNK, KEPT_ELEMENTS // head.weight.shape[0]))
+
+
+def forward_logits(head: Head, batch: Batch, want_entropy: bool, entropy_needs_grad: bool) -> tuple[Rows, Tensor]:
+    """The first half of one pass: what is known of the rows, and their logits (N, V)."""
+    kept = batch.hidden.new_empty((batch.count, head.weight.shape[0]), dtype=wide_dtype(batch.hidden.dtype))
+    return _forward_rows(head, batch, ForwardWants(entropy=want_entropy or entropy_needs_grad), kept), kept
+
+
+def add_gradients(
+    head: Head, batch: Batch, rows: Rows, kept: Tensor, gradients: OutputGradients, totals: Totals
+) -> None:
+    """The second half: add to `totals` what these rows give. Overwrites the kept logits."""
+    _add_gradients(head, batch, rows.lse, rows.entropy, gradients, totals, kept)
+
+
+def _add_gradients(
+    head: Head,
+    batch: Batch,
+    lse: Tensor,
+    entropy: Tensor,
+    gradients: OutputGradients,
+    totals: Totals,
+    kept: Tensor | None = None,
+) -> None:
+    x, u = batch.hidden, batch.extra
+    row_gradients = row_sums(gradients.logprobs, batch.first_entries())
+    for vocab in vocab_chunks(head, batch.count):
+        if kept is None:
             logits, slope = head.logits(x, u, vocab)
-            here, at = entries_within(vocab, part.targets, part.target_rows)
-            log_probs = logits.sub_(lse[rows].unsqueeze(-1))
-            grad = torch.exp(log_probs)
-            if gradients.entropy is None:
-                grad *= -row_gradients[rows].unsqueeze(-1)
-            else:
-                centred = log_probs.add_(entropy[rows].unsqueeze(-1)).nan_to_num_(neginf=0.0)
-                grad *= centred.mul_(-gradients.entropy[rows].unsqueeze(-1)) - row_gradients[rows].unsqueeze(-1)
-            grad[at] += gradients.logprobs[entries][here]
-            if slope is not None:
-                grad *= slope
-            if head.temperature != 1.0:
-                grad /= head.temperature
-            narrow = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] += matmul_wide(narrow, head.weight[vocab])
-            if grad_weight is not None:
-                grad_weight[vocab] += matmul_wide(narrow.t(), x)
-            if grad_bias is not None:
-                grad_bias[vocab] += grad.sum(0)
-            if grad_extra is not None and head.lora_b is not None:
-                grad_extra[rows] += matmul_wide(narrow, head.lora_b[vocab])
-            if grad_lora_b is not None and u is not None:
-                grad_lora_b[vocab] += matmul_wide(narrow.t(), u)
-
-    def cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-        return None if gradient is None or like is None else gradient.to(like.dtype)
-
-    return Gradients(
-        cast(grad_hidden, hidden),
-        cast(grad_weight, head.weight),
-        cast(grad_bias, head.bias),
-        cast(grad_extra, extra),
-        cast(grad_lora_b, head.lora_b),
-    )
+        else:
+            logits = kept[:, vocab]
+            slope = head.slope(logits)
+        here, at = entries_within(vocab, batch.targets, batch.target_rows)
+        log_probs = logits.sub_(lse.unsqueeze(-1))
+        grad = torch.exp(log_probs)
+        if gradients.entropy is None:
+            grad *= -row_gradients.unsqueeze(-1)
+        else:
+            centred = log_probs.add_(entropy.unsqueeze(-1)).nan_to_num_(neginf=0.0)
+            grad *= centred.mul_(-gradients.entropy.unsqueeze(-1)) - row_gradients.unsqueeze(-1)
+        grad[at] += gradients.logprobs[here]
+        if slope is not None:
+            grad *= slope
+        if head.temperature != 1.0:
+            grad /= head.temperature
+        narrow = grad.to(x.dtype)
+        if totals.hidden is not None:
+            add_product(totals.hidden, narrow, head.weight[vocab])
+        if totals.weight is not None:
+            add_product(totals.weight[vocab], narrow.t(), x)
+        if totals.bias is not None:
+            totals.bias[vocab] += grad.sum(0)
+        if totals.extra is not None and head.lora_b is not None:
+            add_product(totals.extra, narrow, head.lora_b[vocab])
+        if totals.lora_b is not None and u is not None:
+            add_product(totals.lora_b[vocab], narrow.t(), u)
 
 
 def row_chunks(batch: Batch) -> Iterator[tuple[slice, slice, Batch]]:

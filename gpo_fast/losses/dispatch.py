@@ -48,6 +48,16 @@ def backward(
     return wanted
 
 
+def one_pass(head: Head, hidden: Tensor) -> ModuleType | None:
+    """The module that runs a loss of a trainable head in one pass, or None where two passes are better.
+
+    On a CPU they are: in the memory that we allow there is room for the logits of few rows, and W and its gradient go
+    through memory once for each such piece, which costs what computing the logits again does (docs/kernels.md).
+    """
+    path = choose(head, hidden)
+    return path if path is gpu or hidden.device.type != "cpu" else None
+
+
 def choose(head: Head, hidden: Tensor) -> ModuleType:
     """The module with the code for these inputs; the log says once which one and why."""
     path: ModuleType = chunked

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gpo_fast.kernels.linear_logprob import HeadColumns, RowGradients, logit_gradients, softmax_tiles
-from gpo_fast.kernels.linear_logprob_merge import SoftmaxState, accumulate, merge, recentre
+from gpo_fast.kernels.linear_logprob import HeadColumns, RowGradients, Tiles, logit_gradients, softmax_tiles
+from gpo_fast.kernels.linear_logprob_merge import SoftmaxState, accumulate, merge, recentre, tile_gradients
 from gpo_fast.kernels.linear_logprob_targets import frozen_backward, target_logits, write_targets
 from gpo_fast.losses.head import Head, add_product, matmul_wide
 from gpo_fast.losses.rows import (
@@ -23,6 +23,7 @@ from gpo_fast.losses.rows import (
     GradientWants,
     OutputGradients,
     Rows,
+    Totals,
     row_sums,
     target_shares,
 )
@@ -34,6 +35,9 @@ ROWS = 2048
 COLUMNS = 16384
 # Without stored blocks only three numbers per row and tile are alive.
 ROWS_WITHOUT_BLOCKS = 8192
+# One pass stores a block of all columns: 1,024 rows by 151,936 are 297 MiB in bfloat16. The head's gradient is read and
+# written once for so many rows.
+ROWS_OF_ONE_PASS = 1024
 
 
 def supported(head: Head, hidden: Tensor) -> bool:
@@ -164,6 +168,45 @@ def backward(
         None if grad_extra is None else grad_extra.to(hidden.dtype),
         grad_lora_b,
     )
+
+
+def rows_at_once(head: Head, hidden: Tensor) -> int:
+    """How many rows' logits one pass keeps."""
+    return ROWS_OF_ONE_PASS
+
+
+def forward_logits(head: Head, batch: Batch, want_entropy: bool, entropy_needs_grad: bool) -> tuple[Rows, Tiles]:
+    """`chunked.forward_logits`; what is kept are exponentials of the logits. The entropy is always computed."""
+    head = _dense(head)
+    columns = _columns(head, slice(0, head.weight.shape[0]))
+    logits, slopes = target_logits(batch.hidden, batch.extra, columns, batch.targets, batch.target_rows)
+    state = SoftmaxState.empty(batch.hidden)
+    tiles = softmax_tiles(batch.hidden, batch.extra, columns, store_sloped=True, store_weighted=entropy_needs_grad)
+    merge(state, tiles)
+    return Rows(logits, slopes, state.lse, state.mass.log() - state.mean, None, None), tiles
+
+
+def add_gradients(
+    head: Head, batch: Batch, rows: Rows, kept: Tiles, gradients: OutputGradients, totals: Totals
+) -> None:
+    """`chunked.add_gradients`: the kept exponentials become the gradient of the logits, in place."""
+    head = _dense(head)
+    row_gradients = row_sums(gradients.logprobs, batch.first_entries())
+    share = target_shares(rows, batch.target_rows, gradients, row_gradients)
+    entropy_gradient = None if gradients.entropy is None else gradients.entropy.contiguous()
+    at = RowGradients(rows.lse, rows.entropy, row_gradients, entropy_gradient)
+    block = tile_gradients(kept, at, head.temperature)
+    write_targets(block, share, batch.targets, batch.target_rows, 0, 0)
+    for total, left, right in (
+        (totals.hidden, block, head.weight),
+        (totals.extra, block, head.lora_b),
+        (totals.weight, block.t(), batch.hidden),
+        (totals.lora_b, block.t(), batch.extra),
+    ):
+        if total is not None and right is not None:
+            add_product(total, left, right)
+    if totals.bias is not None:
+        totals.bias.add_(block.sum(0, dtype=torch.float32))
 
 
 def _dense(head: Head) -> Head:

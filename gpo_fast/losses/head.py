@@ -45,6 +45,13 @@ class Head:
             raw.div_(self.temperature)
         return raw, slope
 
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """d(capped logit) / d(raw logit) again, from the logits that `logits` gave."""
+        if self.softcap is None:
+            return None
+        tanh = logits * (self.temperature / self.softcap)
+        return 1 - tanh * tanh
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of accumulators and results for inputs of `dtype`."""
@@ -65,8 +72,10 @@ def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b for a `total` of the wide dtype; on a GPU in one pass over it."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    """total += a @ b for a `total` of the wide dtype; in one pass over it where torch has that product."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += matmul_wide(a, b)

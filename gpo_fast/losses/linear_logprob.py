@@ -4,14 +4,14 @@ at once."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from gpo_fast.losses.head import IGNORED
+from gpo_fast.losses.head import IGNORED, wide_dtype
 from gpo_fast.losses.ops import LinearLogprob, LogprobOptions
 
 
@@ -26,6 +26,24 @@ class HeadInputs:
     lora: tuple[Tensor, Tensor, float] | None = None
     tp_group: ProcessGroup | None = None
     vocab_start: int | None = None
+
+
+class Prepared(NamedTuple):
+    """The inputs of a pass over the vocabulary, checked and in their final types."""
+
+    rows: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    extra: Tensor | None  # (N, r), what lora_b is multiplied by
+    lora_b: Tensor | None  # (V, r)
+    targets: Tensor  # (K,)
+    target_rows: Tensor  # (K,) ascending
+    head: HeadInputs
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """Of the log-probabilities."""
+        return wide_dtype(self.rows.dtype)
 
 
 @overload
@@ -120,16 +138,8 @@ def linear_logprob(
     return (logprobs, entropy) if return_entropy else logprobs
 
 
-def logprobs_and_entropy(
-    hidden: Tensor,
-    targets: Tensor,
-    head: HeadInputs,
-    *,
-    row_offsets: Tensor | None = None,
-    want_entropy: bool,
-    entropy_needs_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """`linear_logprob` where the entropy need not carry a gradient, which costs a frozen head 2TVH FLOPs."""
+def prepare(hidden: Tensor, targets: Tensor, head: HeadInputs, *, row_offsets: Tensor | None = None) -> Prepared:
+    """Check the arguments of `linear_logprob`, cast them as autocast does and flatten the rows."""
     _check_tensors(hidden=hidden, weight=head.weight, targets=targets)
     hidden, weight, bias = _autocast(hidden, head.weight, head.bias)
     _check(hidden, weight, bias, targets, head, row_offsets)
@@ -141,6 +151,30 @@ def logprobs_and_entropy(
         _check_lora(lora_a, lora_b, weight)
         extra = (rows @ lora_a.to(rows.dtype).t()) * scale
         lora_b = lora_b.to(rows.dtype)
+    return Prepared(rows, weight, bias, extra, lora_b, flat, _target_rows(rows, flat, row_offsets), head)
+
+
+def logprobs_and_entropy(
+    hidden: Tensor,
+    targets: Tensor,
+    head: HeadInputs,
+    *,
+    row_offsets: Tensor | None = None,
+    want_entropy: bool,
+    entropy_needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprob` where the entropy need not carry a gradient, which costs a frozen head 2TVH FLOPs."""
+    logprobs, entropy = two_passes(
+        prepare(hidden, targets, head, row_offsets=row_offsets),
+        want_entropy=want_entropy,
+        entropy_needs_grad=entropy_needs_grad,
+    )
+    return logprobs.reshape(targets.shape), entropy.reshape(hidden.shape[:-1])
+
+
+def two_passes(prepared: Prepared, *, want_entropy: bool, entropy_needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (K,) and entropies (N,): the backward pass is a second one, but for a frozen head."""
+    head = prepared.head
     options = LogprobOptions(
         float(head.temperature),
         None if head.softcap is None else float(head.softcap),
@@ -150,11 +184,9 @@ def logprobs_and_entropy(
         head.tp_group,
     )
     # The inputs have their final types: autocast inside would round the float32 logits to its own.
-    with torch.autocast(hidden.device.type, enabled=False):
-        logprobs, entropy = LinearLogprob.apply(  # type: ignore[no-untyped-call]  # torch has no annotation
-            rows, weight, bias, extra, lora_b, flat, _target_rows(rows, flat, row_offsets), options
-        )
-    return logprobs.reshape(targets.shape), entropy.reshape(hidden.shape[:-1])
+    with torch.autocast(prepared.rows.device.type, enabled=False):
+        logprobs, entropy = LinearLogprob.apply(*prepared[:7], options)  # type: ignore[no-untyped-call]  # torch has no annotation
+    return logprobs, entropy
 
 
 def _vocab_start(head: HeadInputs) -> int:

@@ -18,17 +18,17 @@ The expensive part is the log-probabilities; everything here is vector arithmeti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from gpo_fast.losses import token_loss
+from gpo_fast.losses import one_pass, token_loss
 from gpo_fast.losses.head import IGNORED
 from gpo_fast.losses.linear_logprob import HeadInputs
 from gpo_fast.losses.sequences import LossOutput, Sequences, count_or, masked_mean, sequences_of
-from gpo_fast.losses.shared_rows import SharedRows, token_logprobs
+from gpo_fast.losses.shared_rows import SharedRows, prepare_tokens, tokens_in_two_passes
 
 PolicyLoss = Literal["awr", "ppo", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -78,6 +78,21 @@ class Normalisers:
 
     sequences: Tensor  # scalar
     tokens: Tensor  # scalar
+
+
+class TokenInputs(NamedTuple):
+    """What the loss of a token is made of beside its log-probability and its entropy; (T,) each, or absent."""
+
+    advantage: Tensor
+    share: Tensor  # of the token's term in the loss: 1 / normaliser, times its weight
+    old: Tensor | None  # None: on-policy
+    ref: Tensor | None
+    rollout: Tensor | None
+    entropy_share: Tensor | None  # of the token's entropy in the loss
+
+    def at(self, index: Tensor) -> TokenInputs:
+        """Those of some tokens."""
+        return TokenInputs(*(None if values is None else values[index] for values in self))  # type: ignore[arg-type]
 
 
 def linear_policy_loss(
@@ -190,58 +205,57 @@ def linear_policy_loss(
         # A token without weight adds nothing; the sequence ratios of the other two losses are still made of
         # it.
         needed = torch.where(weights == 0, IGNORED, targets)
-    logprobs, entropy = token_logprobs(
-        hidden,
-        needed,
-        HeadInputs(weight, bias, temperature, softcap, lora, tp_group, vocab_start),
-        shared,
-        want_entropy=return_entropy or entropy_coef != 0.0,
-        entropy_needs_grad=entropy_coef != 0.0 and torch.is_grad_enabled(),
+    prepared = prepare_tokens(
+        hidden, needed, HeadInputs(weight, bias, temperature, softcap, lora, tp_group, vocab_start), shared
     )
-
-    def flat(values: Tensor) -> Tensor:
-        return values.reshape(-1).to(logprobs.dtype)
-
-    new = logprobs.reshape(-1)
     mask = (targets != IGNORED).reshape(-1)
     present = (needed != IGNORED).reshape(-1)
-    old = new.detach() if old_logprobs is None else torch.where(present, flat(old_logprobs), 0.0)
-    normalisers = Normalisers(
-        count_or(num_sequences, torch.tensor(sequences.count), new, "num_sequences"),
-        count_or(num_tokens, mask.sum(), new, "num_tokens"),
-    )
-    token_share = _token_share(options, sequences, mask, normalisers)
-    token_weight = token_share if weights is None else token_share * flat(weights)
-    importance = None
-    if rollout_logprobs is not None:
-        mismatch = torch.where(present, old.detach() - flat(rollout_logprobs), 0.0)
-        importance = mismatch.clamp(max=MAX_LOG_RATIO).exp().clamp(max=importance_cap)
-    ref = None if ref_logprobs is None else torch.where(present, flat(ref_logprobs), 0.0)
-    advantage = advantage.to(new.dtype)
-    if token_loss.supported(new, loss_type, [old, ref, advantage, importance, token_weight]):
-        share = torch.where(present, token_weight, 0.0)
-        loss = token_loss.fused_loss(new, old, ref, advantage, importance, share, options, beta, MAX_LOG_RATIO)
-        log_ratio = (new - old).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    else:
-        terms, log_ratio = _policy_terms(options, new, old, advantage, sequences, mask)
-        if importance is not None:
-            terms = terms * importance
-        if ref is not None and beta != 0.0:
-            terms = terms + beta * kl_estimate(kl, new, ref)
-        loss = (torch.where(present, terms, 0.0) * token_weight).sum()
+    like = hidden.new_empty((), dtype=prepared.wide_dtype)
 
+    def flat(values: Tensor | None) -> Tensor | None:
+        return None if values is None else torch.where(present, values.reshape(-1).to(like.dtype), 0.0)
+
+    normalisers = Normalisers(
+        count_or(num_sequences, torch.tensor(sequences.count), like, "num_sequences"),
+        count_or(num_tokens, mask.sum(), like, "num_tokens"),
+    )
+    token_weight = present.to(like.dtype) if weights is None else flat(weights)
+    assert token_weight is not None
+    tokens = TokenInputs(
+        advantage.to(like.dtype),
+        _token_share(options, sequences, mask, normalisers) * token_weight,
+        flat(old_logprobs),
+        flat(ref_logprobs),
+        flat(rollout_logprobs),
+        None if entropy_coef == 0.0 else entropy_coef * token_weight / normalisers.tokens,
+    )
+
+    def loss_of(logprobs: Tensor, entropies: Tensor, at: Tensor) -> Tensor:
+        every = torch.ones_like(at, dtype=torch.bool)
+        return _loss(options, beta, logprobs, entropies, tokens.at(at), sequences.at(at), every)
+
+    want_entropy = return_entropy or entropy_coef != 0.0
+    wants = {"want_entropy": want_entropy, "entropy_needs_grad": entropy_coef != 0.0 and torch.is_grad_enabled()}
+    needs_sequences = loss_type in ("gspo", "rloo")
+    once = one_pass.token_loss(
+        prepared, needed, shared, loss_of, whole=sequences.ids if needs_sequences else None, constants=tokens, **wants
+    )
+    new, entropy = tokens_in_two_passes(prepared, needed, shared, **wants) if once is None else once[:2]
+    loss = _loss(options, beta, new, entropy, tokens, sequences, present)
+    if once is not None:
+        loss = once.attach(loss)
+
+    seen = new.detach()
+    log_ratio = _log_ratio(options, seen, seen if tokens.old is None else tokens.old, sequences, present)
     metrics = ratio_metrics(log_ratio.detach(), present, options)
-    if importance is not None:
-        metrics["importance_weight_mean"] = masked_mean(importance, present)
-    if ref is not None:
-        metrics["kl"] = masked_mean(kl_estimate(kl, new.detach(), ref), present)
-    with_entropy = return_entropy or entropy_coef != 0.0
-    if with_entropy:
-        metrics["entropy"] = masked_mean(entropy.detach().reshape(-1), present)
-    if entropy_coef != 0.0:
-        weighted = entropy.reshape(-1) if weights is None else entropy.reshape(-1) * flat(weights)
-        loss = loss - entropy_coef * weighted.sum() / normalisers.tokens
-    return LossOutput(loss, logprobs.detach(), entropy.detach() if with_entropy else None, metrics)
+    if tokens.rollout is not None:
+        metrics["importance_weight_mean"] = masked_mean(_importance(options, seen, tokens), present)
+    if tokens.ref is not None:
+        metrics["kl"] = masked_mean(kl_estimate(kl, seen, tokens.ref), present)
+    if want_entropy:
+        metrics["entropy"] = masked_mean(entropy.detach(), present)
+    seen_entropy = entropy.detach().reshape(targets.shape) if want_entropy else None
+    return LossOutput(loss, seen.reshape(targets.shape), seen_entropy, metrics)
 
 
 def kl_estimate(kind: KLEstimator, new: Tensor, ref: Tensor) -> Tensor:
@@ -254,25 +268,64 @@ def kl_estimate(kind: KLEstimator, new: Tensor, ref: Tensor) -> Tensor:
     return difference.clamp(max=MAX_LOG_RATIO).exp() - difference - 1
 
 
+def _loss(
+    options: PolicyOptions,
+    beta: float,
+    new: Tensor,
+    entropy: Tensor,
+    tokens: TokenInputs,
+    sequences: Sequences,
+    present: Tensor,
+) -> Tensor:
+    """What tokens (t,) add to the loss, given their log-probabilities and entropies; `present` says which count."""
+    old = new.detach() if tokens.old is None else tokens.old
+    importance = None if tokens.rollout is None else _importance(options, new, tokens)
+    if token_loss.supported(new, options.loss_type, [old, tokens.ref, tokens.advantage, importance, tokens.share]):
+        loss = token_loss.fused_loss(
+            new, old, tokens.ref, tokens.advantage, importance, tokens.share, options, beta, MAX_LOG_RATIO
+        )
+    else:
+        terms = _policy_terms(options, new, old, tokens.advantage, sequences, present)
+        if importance is not None:
+            terms = terms * importance
+        if tokens.ref is not None and beta != 0.0:
+            terms = terms + beta * kl_estimate(options.kl, new, tokens.ref)
+        loss = (torch.where(present, terms, 0.0) * tokens.share).sum()
+    if tokens.entropy_share is not None:
+        loss = loss - (entropy * tokens.entropy_share).sum()
+    return loss
+
+
+def _importance(options: PolicyOptions, new: Tensor, tokens: TokenInputs) -> Tensor:
+    """min(old probability / sampler's probability, cap), (t,)."""
+    assert tokens.rollout is not None
+    old = new if tokens.old is None else tokens.old
+    mismatch = old.detach() - tokens.rollout
+    return mismatch.clamp(max=MAX_LOG_RATIO).exp().clamp(max=options.importance_cap)
+
+
 def _policy_terms(
     options: PolicyOptions, new: Tensor, old: Tensor, advantage: Tensor, sequences: Sequences, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The policy term of each token (T,), to be minimised, and the log-ratio that it used."""
-    log_ratio = (new - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+) -> Tensor:
+    """The policy term of each token (T,), to be minimised."""
     if options.loss_type == "awr":
-        return -torch.exp((advantage / options.awr_beta).clamp(max=options.awr_max_exponent)) * new, log_ratio
-    if options.loss_type == "cispo":
-        return -log_ratio.detach().exp().clamp(max=1 + options.epsilon_high) * advantage * new, log_ratio
-    if options.loss_type == "gspo":
-        log_ratio = _sequence_log_ratio(new - old, sequences, mask, mean=True)
-    elif options.loss_type == "rloo":
-        log_ratio = _sequence_log_ratio(new - old, sequences, mask, mean=False)
+        return -torch.exp((advantage / options.awr_beta).clamp(max=options.awr_max_exponent)) * new
+    log_ratio = _log_ratio(options, new, old, sequences, mask)
     ratio = log_ratio.exp()
+    if options.loss_type == "cispo":
+        return -ratio.detach().clamp(max=1 + options.epsilon_high) * advantage * new
     clipped = ratio.clamp(1 - options.epsilon, 1 + options.epsilon_high)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
     if options.dual_clip is not None:
         gain = torch.where(advantage < 0, torch.maximum(gain, options.dual_clip * advantage), gain)
-    return -gain, log_ratio
+    return -gain
+
+
+def _log_ratio(options: PolicyOptions, new: Tensor, old: Tensor, sequences: Sequences, mask: Tensor) -> Tensor:
+    """The log of the ratio that the loss clips, (T,)."""
+    if options.loss_type in ("gspo", "rloo"):
+        return _sequence_log_ratio(new - old, sequences, mask, mean=options.loss_type == "gspo")
+    return (new - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def _sequence_log_ratio(token_log_ratio: Tensor, sequences: Sequences, mask: Tensor, *, mean: bool) -> Tensor:

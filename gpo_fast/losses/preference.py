@@ -11,17 +11,18 @@ and s(x) = (1 - label_smoothing) log sigmoid(x) + label_smoothing log sigmoid(-x
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from gpo_fast.losses import one_pass
 from gpo_fast.losses.head import IGNORED
 from gpo_fast.losses.linear_logprob import HeadInputs
 from gpo_fast.losses.sequences import LossOutput, Sequences, count_or, sequences_of
-from gpo_fast.losses.shared_rows import SharedRows, token_logprobs
+from gpo_fast.losses.shared_rows import SharedRows, prepare_tokens, tokens_in_two_passes
 
 PreferenceLoss = Literal["dpo", "kto", "simpo", "orpo"]
 
@@ -84,69 +85,119 @@ def linear_preference_loss(
     sequences = sequences_of(targets, sequence_ids)
     if loss_type != "kto" and sequences.count % 2:
         raise ValueError(f"{loss_type} needs pairs: the number of sequences must be even, got {sequences.count}")
-    logprobs, entropy = token_logprobs(
-        hidden,
-        targets,
-        HeadInputs(weight, bias, temperature, softcap, lora, tp_group, vocab_start),
-        shared,
-        want_entropy=return_entropy,
-        entropy_needs_grad=False,
+    prepared = prepare_tokens(
+        hidden, targets, HeadInputs(weight, bias, temperature, softcap, lora, tp_group, vocab_start), shared
     )
+    like = hidden.new_empty((), dtype=prepared.wide_dtype)
     mask = (targets != IGNORED).reshape(-1)
-    sums = sequences.sum(logprobs.reshape(-1))
-    lengths = sequences.sum(mask.to(sums.dtype))
+    lengths = sequences.sum(mask.to(like.dtype))
+    half = sequences.count // 2
+    reference, labels = None, None
     if loss_type in ("dpo", "kto"):
-        scores = sums - _reference_sums(ref_logprobs, targets, sequences, mask, loss_type).to(sums.dtype)
-    else:
-        scores = sums / lengths.clamp(min=1.0)
-
+        reference = _reference_sums(ref_logprobs, targets, sequences, mask, loss_type).to(like.dtype)
     if loss_type == "kto":
-        loss, metrics = _kto(scores, desirable, reference_kl, beta, desirable_weight, undesirable_weight, num_examples)
+        labels = _labels(desirable, reference_kl, desirable_weight, undesirable_weight, like, sequences.count)
+        examples = count_or(num_examples, torch.tensor(sequences.count), like, "num_examples")
     else:
+        examples = count_or(num_examples, torch.tensor(half), like, "num_examples")
+    chosen_tokens = count_or(num_tokens, lengths[:half].sum(), like, "num_tokens")
+
+    def scores_of(sums: Tensor, index: Tensor) -> Tensor:
+        return sums / lengths[index].clamp(min=1.0) if reference is None else sums - reference[index]
+
+    def loss_of_sequences(sums: Tensor, index: Tensor) -> Tensor:
+        """Of some sequences' sums of log-probabilities; of pairs, all the chosen ones come first."""
+        scores = scores_of(sums, index)
+        if labels is not None:
+            return _kto_terms(scores, labels.at(index), beta).sum() / examples
         chosen, rejected = scores.chunk(2)
         if loss_type == "orpo":
-            # log(p / (1 - p)) of the mean token probability, with log(1 - p) = log(-expm1(log p)).
-            log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
-            terms = -beta * F.logsigmoid(log_odds)
-        else:
-            margin = beta * (chosen - rejected) - (gamma if loss_type == "simpo" else 0.0)
-            terms = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-        pairs = count_or(num_examples, torch.tensor(chosen.shape[0]), sums, "num_examples")
-        loss = terms.sum() / pairs
-        if loss_type == "orpo":
-            half = chosen.shape[0]
-            loss = loss - sums[:half].sum() / count_or(num_tokens, lengths[:half].sum(), sums, "num_tokens")
-        metrics = _pair_metrics(beta * chosen.detach(), beta * rejected.detach())
+            likelihood = sums[: chosen.shape[0]].sum() / chosen_tokens
+            return _odds_ratio_terms(chosen, rejected, beta).sum() / examples - likelihood
+        margin = beta * (chosen - rejected) - (gamma if loss_type == "simpo" else 0.0)
+        terms = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+        return terms.sum() / examples
+
+    in_pairs = loss_type != "kto"
+    # A pair is spoken of by its chosen sequence.
+    whole = sequences.ids % half if in_pairs and half else sequences.ids
+
+    def loss_of_tokens(logprobs: Tensor, _: Tensor, at: Tensor) -> Tensor:
+        """Of some whole pairs' tokens, pair by pair, or of some whole sequences' tokens."""
+        units, place = torch.unique_consecutive(whole[at], return_inverse=True)
+        if not in_pairs:
+            return loss_of_sequences(_sums(logprobs, place, units.shape[0]), units)
+        sums = _sums(logprobs, 2 * place + sequences.ids[at] // half, 2 * units.shape[0])
+        return loss_of_sequences(sums.reshape(-1, 2).t().flatten(), torch.cat([units, units + half]))
+
+    wants = {"want_entropy": return_entropy, "entropy_needs_grad": False}
+    once = one_pass.token_loss(prepared, targets, shared, loss_of_tokens, whole=whole, constants=[reference], **wants)
+    logprobs, entropy = tokens_in_two_passes(prepared, targets, shared, **wants) if once is None else once[:2]
+    every = torch.arange(sequences.count, device=targets.device)
+    sums = sequences.sum(logprobs)
+    loss = loss_of_sequences(sums, every)
+    if once is not None:
+        loss = once.attach(loss)
+
+    rewards = beta * scores_of(sums.detach(), every)
+    if labels is None:
+        metrics = _pair_metrics(*rewards.chunk(2))
+    else:
+        metrics = {
+            "rewards_chosen": _mean_where(rewards, labels.desirable),
+            "rewards_rejected": _mean_where(rewards, ~labels.desirable),
+        }
     if return_entropy:
         metrics["entropy"] = entropy.detach().sum() / mask.sum().clamp(min=1)
-    return LossOutput(loss, logprobs.detach(), entropy.detach() if return_entropy else None, metrics)
+    seen_entropy = entropy.detach().reshape(targets.shape) if return_entropy else None
+    return LossOutput(loss, logprobs.detach().reshape(targets.shape), seen_entropy, metrics)
 
 
-def _kto(
-    scores: Tensor,
+def _sums(values: Tensor, group: Tensor, count: int) -> Tensor:
+    """(t,) -> (count,): sums over the ascending `group`."""
+    offsets = torch.searchsorted(group, torch.arange(count + 1, device=group.device))
+    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0)
+
+
+class Labels(NamedTuple):
+    """What "kto" is told of its sequences."""
+
+    desirable: Tensor  # (S,) bool
+    importance: Tensor  # (S,)
+    baseline: Tensor  # scalar
+
+    def at(self, index: Tensor) -> Labels:
+        """Those of some sequences."""
+        return Labels(self.desirable[index], self.importance[index], self.baseline)
+
+
+def _labels(
     desirable: Tensor | None,
     reference_kl: float | Tensor,
-    beta: float,
     desirable_weight: float,
     undesirable_weight: float,
-    num_examples: float | Tensor | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    if desirable is None or desirable.dtype != torch.bool or desirable.shape != scores.shape:
+    like: Tensor,
+    count: int,
+) -> Labels:
+    if desirable is None or desirable.dtype != torch.bool or desirable.shape != (count,):
         found = None if desirable is None else (desirable.dtype, tuple(desirable.shape))
-        raise ValueError(f"kto needs desirable, bool of shape ({scores.shape[0]},); got {found}")
-    baseline = torch.as_tensor(reference_kl, dtype=scores.dtype, device=scores.device).detach()
+        raise ValueError(f"kto needs desirable, bool of shape ({count},); got {found}")
+    baseline = torch.as_tensor(reference_kl, dtype=like.dtype, device=like.device).detach()
     if baseline.dim() != 0 or not bool(baseline >= 0):
         raise ValueError(f"reference_kl must be one number, not negative; got {reference_kl}")
-    good = desirable.to(scores.dtype)
-    sign = 2 * good - 1
-    importance = desirable_weight * good + undesirable_weight * (1 - good)
-    terms = importance * (1 - torch.sigmoid(beta * sign * (scores - baseline)))
-    loss = terms.sum() / count_or(num_examples, torch.tensor(scores.shape[0]), scores, "num_examples")
-    rewards = beta * scores.detach()
-    return loss, {
-        "rewards_chosen": _mean_where(rewards, desirable),
-        "rewards_rejected": _mean_where(rewards, ~desirable),
-    }
+    good = desirable.to(like.dtype)
+    return Labels(desirable, desirable_weight * good + undesirable_weight * (1 - good), baseline)
+
+
+def _kto_terms(scores: Tensor, labels: Labels, beta: float) -> Tensor:
+    sign = 2 * labels.desirable.to(scores.dtype) - 1
+    return labels.importance * (1 - torch.sigmoid(beta * sign * (scores - labels.baseline)))
+
+
+def _odds_ratio_terms(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """log(p / (1 - p)) of the mean token probability, with log(1 - p) = log(-expm1(log p))."""
+    log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
+    return -beta * F.logsigmoid(log_odds)
 
 
 def _pair_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

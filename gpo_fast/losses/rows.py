@@ -14,11 +14,13 @@ W_y - sum_v p_v W_v would otherwise be nothing but rounding error.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gpo_fast.losses.head import Head, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,62 @@ class Gradients(NamedTuple):
     bias: Tensor | None = None
     extra: Tensor | None = None
     lora_b: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Gradients while they are summed; None where not wanted."""
+
+    hidden: Tensor | None = None  # (N, H)
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    extra: Tensor | None = None  # (N, r)
+    lora_b: Tensor | None = None
+
+    @classmethod
+    def of_head(cls, head: Head, wants: GradientWants, *, narrow: bool = False) -> Totals:
+        """Zeros for the head's parameters, in the wide dtype or, with `narrow`, in their own."""
+
+        def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
+            if like is None or not wanted:
+                return None
+            return torch.zeros_like(like, dtype=like.dtype if narrow else wide_dtype(like.dtype))
+
+        return cls(
+            weight=zeros(head.weight, wants.weight),
+            bias=zeros(head.bias, wants.bias),
+            lora_b=zeros(head.lora_b, wants.lora_b),
+        )
+
+    def with_rows(self, batch: Batch, wants: GradientWants) -> Totals:
+        """The same sums, and zeros in the wide dtype for the rows of a batch."""
+
+        def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
+            return None if like is None or not wanted else torch.zeros_like(like, dtype=wide_dtype(like.dtype))
+
+        return replace(self, hidden=zeros(batch.hidden, wants.hidden), extra=zeros(batch.extra, wants.extra))
+
+    def of_rows(self, rows: slice) -> Totals:
+        """The same sums, for some of the rows."""
+        return replace(
+            self,
+            hidden=None if self.hidden is None else self.hidden[rows],
+            extra=None if self.extra is None else self.extra[rows],
+        )
+
+    def gradients(self, head: Head) -> Gradients:
+        """The sums in the dtypes of what they are gradients of."""
+
+        def cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+            return None if gradient is None or like is None else gradient.to(like.dtype)
+
+        return Gradients(
+            cast(self.hidden, head.weight),
+            cast(self.weight, head.weight),
+            cast(self.bias, head.bias),
+            cast(self.extra, head.weight),
+            cast(self.lora_b, head.lora_b),
+        )
 
 
 def first_entries(target_rows: Tensor, count: int) -> Tensor:

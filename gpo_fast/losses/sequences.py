@@ -33,6 +33,11 @@ class Sequences:
         """(T,) -> (S,)."""
         return torch.segment_reduce(values, "sum", offsets=self.offsets, initial=0.0)
 
+    def at(self, index: Tensor) -> Sequences:
+        """The sequences of some rows, numbered anew: those that have none of the rows are left out."""
+        ids, counts = torch.unique_consecutive(self.ids[index], return_inverse=True, return_counts=True)[1:]
+        return Sequences(ids, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
 
 def sequences_of(targets: Tensor, sequence_ids: Tensor | None) -> Sequences:
     """The sequences of targets (B, T), or of flat targets (T,) with `sequence_ids` (default: one sequence)."""

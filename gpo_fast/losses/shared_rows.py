@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gpo_fast.losses.head import IGNORED
-from gpo_fast.losses.linear_logprob import HeadInputs, logprobs_and_entropy
+from gpo_fast.losses.linear_logprob import HeadInputs, Prepared, prepare, two_passes
 
 
 class SharedRows(NamedTuple):
@@ -28,6 +28,26 @@ class SharedRows(NamedTuple):
         return row_of_pair[self.pair_of_token]
 
 
+def prepare_tokens(hidden: Tensor, targets: Tensor, head: HeadInputs, shared: SharedRows | None) -> Prepared:
+    """The rows and the distinct targets of loss tokens.
+
+    Args:
+        hidden: (R, H) with `shared`, where `targets` is (T,); otherwise as `linear_logprob` takes it.
+        targets: -100 where ignored.
+
+    Raises:
+        ValueError: `shared` does not fit `targets`.
+    """
+    if shared is None:
+        return prepare(hidden, targets, head)
+    if shared.pair_of_token.shape != targets.shape:
+        raise ValueError(
+            f"shared.pair_of_token must have the shape {tuple(targets.shape)} of targets, got "
+            f"{tuple(shared.pair_of_token.shape)}"
+        )
+    return prepare(hidden, shared.targets, head, row_offsets=shared.row_offsets)
+
+
 def token_logprobs(
     hidden: Tensor,
     targets: Tensor,
@@ -40,32 +60,28 @@ def token_logprobs(
     """Log-probabilities and entropies of the shape of `targets`; each pair is computed once.
 
     Args:
-        hidden: (R, H) with `shared`, where `targets` is (T,); otherwise as `linear_logprob` takes it.
-        targets: -100 where ignored.
+        hidden, targets, head, shared: as in `prepare_tokens`, which may raise.
         want_entropy, entropy_needs_grad: of `logprobs_and_entropy`.
-
-    Raises:
-        ValueError: `shared` does not fit `targets`.
     """
-    if shared is None:
-        return logprobs_and_entropy(
-            hidden, targets, head, want_entropy=want_entropy, entropy_needs_grad=entropy_needs_grad
-        )
-    if shared.pair_of_token.shape != targets.shape:
-        raise ValueError(
-            f"shared.pair_of_token must have the shape {tuple(targets.shape)} of targets, got "
-            f"{tuple(shared.pair_of_token.shape)}"
-        )
-    pairs, entropies = logprobs_and_entropy(
-        hidden,
-        shared.targets,
-        head,
-        row_offsets=shared.row_offsets,
+    logprobs, entropy = tokens_in_two_passes(
+        prepare_tokens(hidden, targets, head, shared),
+        targets,
+        shared,
         want_entropy=want_entropy,
         entropy_needs_grad=entropy_needs_grad,
     )
+    return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
+
+
+def tokens_in_two_passes(
+    prepared: Prepared, targets: Tensor, shared: SharedRows | None, *, want_entropy: bool, entropy_needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` (T,) of what `prepare_tokens` gave."""
+    logprobs, entropies = two_passes(prepared, want_entropy=want_entropy, entropy_needs_grad=entropy_needs_grad)
+    if shared is None:
+        return logprobs, entropies
     kept = targets != IGNORED
     return (
-        torch.where(kept, pairs[shared.pair_of_token], 0.0),
+        torch.where(kept, logprobs[shared.pair_of_token], 0.0),
         torch.where(kept, entropies[shared.row_of_token()], 0.0),
     )

@@ -282,6 +282,8 @@ class RunSpec:
     dtype: str = "auto"
     lora_r: int = 0
     lora_alpha: int | None = None
+    use_dora: bool = False
+    merge_adapter: bool = False  # also write the whole model, the trained adapter merged into its weights
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -293,6 +295,8 @@ class RunSpec:
             raise ValueError("rewards must name one reward function at least, got none")
         if self.lora_r < 0:
             raise ValueError(f"lora_r must be at least 0 (0 trains the whole model), got {self.lora_r}")
+        if self.lora_r == 0 and (self.use_dora or self.merge_adapter):
+            raise ValueError("use_dora and merge_adapter are about an adapter: set lora_r above 0")
         one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
 
 

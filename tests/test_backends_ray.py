@@ -28,7 +28,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     tiny.model().save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-    os.environ["RAY_worker_niceness"] = "0"  # at Ray's 15, actors on a busy machine starve beside these tests
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # at Ray's 15, actors on a busy machine starve
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 1024 * 1024)
     yield str(folder)
     ray.shutdown()

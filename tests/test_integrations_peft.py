@@ -1,4 +1,4 @@
-"""PEFT's adapters, LoRA and DoRA: trained, saved as PEFT saves, loaded by plain PEFT, merged; the base is the reference.
+"""PEFT's adapters, LoRA and DoRA: trained, saved, loaded by plain PEFT, merged; the base is the reference.
 
 Rollouts come from the adapted weights: the engine merges the adapter into its own copy of them.
 """

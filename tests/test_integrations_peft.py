@@ -5,6 +5,7 @@ Rollouts come from the adapted weights: the engine merges the adapter into its o
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -24,14 +25,14 @@ def logits(model) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-@pytest.fixture(params=[False, True], ids=["lora", "dora"])
-def trained(request: pytest.FixtureRequest, tmp_path: Path) -> GPOTrainer:
+@pytest.fixture(scope="module", params=[False, True], ids=["lora", "dora"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GPOTrainer:
     """A run of three steps; all weights of the adapter, also those that start at 0, have moved."""
     torch.manual_seed(3)  # of the adapter's first matrices
     run = GPOTrainer(
         tiny.model(),
         share_of_ones,
-        args=config(tmp_path / "run", max_steps=3, beta=0.1, save_steps=3),
+        args=config(tmp_path_factory.mktemp("peft") / "run", max_steps=3, beta=0.1, save_steps=3),
         train_dataset=PROMPTS,
         processing_class=tiny.tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, use_dora=request.param),
@@ -47,14 +48,14 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path) -> GPOTrainer:
 def test_plain_peft_loads_what_was_trained(trained: GPOTrainer, tmp_path: Path) -> None:
     assert (logits(trained.model) - logits(tiny.model())).abs().max() > 0.1
     trained.save_model(str(tmp_path / "saved"))
-    for folder in (tmp_path / "run" / "checkpoint-3", tmp_path / "saved"):
+    for folder in (Path(trained.args.output_dir) / "checkpoint-3", tmp_path / "saved"):
         again = PeftModel.from_pretrained(tiny.model(), folder)
         assert torch.equal(logits(again), logits(trained.model))
 
 
 def test_the_merged_model_is_a_plain_one(trained: GPOTrainer, tmp_path: Path) -> None:
     own = logits(trained.model)
-    trained.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    copy.deepcopy(trained.model).merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="sdpa")
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     assert (logits(merged) - own).abs().max() <= 1e-5 * own.abs().max()

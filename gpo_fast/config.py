@@ -35,7 +35,6 @@ _LOWEST = {
     "self_check_steps": 0,
     "num_logged_trajectories": 0,
     "beta": 0,
-    "vf_coef": 0,
     "dynamic_sampling_rounds": 0,
     "soft_punish_cache": 0,
     "replay_size": 0,
@@ -120,18 +119,15 @@ class GPOConfig(TrainingArguments):
     awr_beta: float = _option(1.0, "Temperature of awr: a token weighs exp(advantage / awr_beta).")
     critic: str = _option(
         "group",
-        "Baseline of the advantages: the group's mean reward (group), a linear head on the last hidden state with "
-        "an advantage for each token (value_head), or the values that the search measured, with an advantage for "
-        "each step of the searched trajectories (monte_carlo).",
+        "Baseline of the advantages: the group's mean reward (group), a linear value of the last hidden state, fitted "
+        "in closed form, with an advantage for each token (value_head), or the values that the search measured, with "
+        "an advantage for each step of the searched trajectories (monte_carlo).",
     )
     gamma: float = _option(1.0, "Discount of a critic, for each token (value_head) or step (monte_carlo).")
     gae_lambda: float = _option(
         1.0,
         "Lambda of generalised advantage estimation; below 1 the outcome of a long completion fades from its start.",
     )
-    vf_coef: float = _option(0.1, "Weight of the value head's loss; its gradient reaches the model as well.")
-    cliprange_value: float = _option(0.2, "Range in which the value loss lets a value move away from the old one.")
-    value_head_learning_rate: float = _option(1e-3, "Learning rate of the value head itself.")
     dynamic_sampling_rounds: int = _option(
         0, "DAPO's dynamic sampling: replace groups whose rewards are all the same by other prompts, in so many rounds."
     )
@@ -158,7 +154,7 @@ class GPOConfig(TrainingArguments):
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]  # transformers has none
         except Exception as error:  # Trainer's own checks raise whatever a bad value runs into
-            raise ValueError(f"{error}. Set were: {_changed_fields(self)}") from error
+            raise ValueError(f"{error}. Set were: {_shown(changed_fields(self))}") from error
         self.remove_unused_columns = False
         one_of("loss_type", self.loss_type, LOSS_TYPES)
         one_of("criterion", self.criterion, ("max", "min", "abs"))
@@ -225,9 +221,8 @@ class GPOConfig(TrainingArguments):
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
-        for name in ("awr_beta", "cliprange_value", "value_head_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
+        if not 0 < self.awr_beta < math.inf:
+            raise ValueError(f"awr_beta must be finite and above 0, got {self.awr_beta}")
         if self.soft_punish_cache > self.max_completion_length:
             raise ValueError(
                 f"soft_punish_cache must be at most max_completion_length={self.max_completion_length}, got "
@@ -282,6 +277,8 @@ class RunSpec:
     dtype: str = "auto"
     lora_r: int = 0
     lora_alpha: int | None = None
+    use_dora: bool = False
+    merge_adapter: bool = False  # also write the whole model, the trained adapter merged into its weights
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -293,6 +290,8 @@ class RunSpec:
             raise ValueError("rewards must name one reward function at least, got none")
         if self.lora_r < 0:
             raise ValueError(f"lora_r must be at least 0 (0 trains the whole model), got {self.lora_r}")
+        if self.lora_r == 0 and (self.use_dora or self.merge_adapter):
+            raise ValueError("use_dora and merge_adapter are about an adapter: set lora_r above 0")
         one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
 
 
@@ -396,8 +395,12 @@ def _number_of_text(value: Any, hint: Any) -> Any:
     return value
 
 
-def _changed_fields(values: Any) -> str:
-    """The fields that do not have their defaults, as `name=value` pairs, without secrets."""
+def _shown(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r:.200}" for name, value in fields.items())
+
+
+def changed_fields(values: Any) -> dict[str, Any]:
+    """The fields of a dataclass that do not have their defaults, without secrets."""
     known = {f.name: f.default for f in dataclasses.fields(values) if f.init and f.name != "hub_token"}
     given = {name: getattr(values, name) for name, default in known.items() if getattr(values, name) is not default}
-    return ", ".join(f"{name}={value!r:.200}" for name, value in given.items() if value != known[name])
+    return {name: value for name, value in given.items() if value != known[name]}

@@ -27,7 +27,6 @@ class TrainingRow:
     truncated: bool = False  # it reached the longest length without an end
     token_advantages: list[float] | None = None  # a critic's, one for each token, in place of `advantage`
     values: list[float] | None = None  # the value head's, of the state before each token, as it was sampled
-    returns: list[float] | None = None  # what the value head should have said
     priority: float = 0.0  # how gladly it is replayed: the advantage of the critical step that it starts from
     pair: int | None = None  # the preference pair that it belongs to
     desirable: bool = False  # the better one of its pair

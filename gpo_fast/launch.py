@@ -43,6 +43,8 @@ def train_from_config(path: Path, overrides: dict[str, Any]) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(trainer.run_files.folder / "model"))
     tokenizer.save_pretrained(trainer.run_files.folder / "model")
+    if spec.merge_adapter and trainer.is_world_process_zero():
+        _save_merged(spec, trainer.run_files.folder)
     print(write_report(trainer.run_files.folder))
 
 
@@ -200,10 +202,22 @@ def load_rows(name: str, split: str) -> list[dict[str, Any]]:
     return plain
 
 
+def _save_merged(spec: RunSpec, folder: Path) -> None:
+    """Writes the model in which the saved adapter is merged; loads both again, since training may hold shards."""
+    from peft import PeftModel
+
+    model, tokenizer = load_model(spec.model, spec.dtype, spec.trust_remote_code)
+    merged: Any = PeftModel.from_pretrained(model, str(folder / "model")).merge_and_unload()
+    merged.save_pretrained(folder / "merged")
+    tokenizer.save_pretrained(folder / "merged")
+
+
 def _lora(spec: RunSpec) -> Any:
     if spec.lora_r < 1:
         return None
     from peft import LoraConfig
 
     alpha = spec.lora_alpha or 2 * spec.lora_r
-    return LoraConfig(r=spec.lora_r, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0)
+    return LoraConfig(
+        r=spec.lora_r, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, use_dora=spec.use_dora
+    )

@@ -34,9 +34,14 @@ class Ranks:
         if self.count == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self._talking():
-            dist.all_reduce(total)
+        self.add(total)
         return total.tolist()
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Adds a tensor up over the processes, in place."""
+        if self.count > 1:
+            with self._talking():
+                dist.all_reduce(tensor)
 
     def gather(self, own: T) -> list[T]:
         """What every process passes, in their order."""
@@ -61,8 +66,7 @@ class Ranks:
         reached = self.sum([float(p.grad is not None) for p in wanted])
         for bucket in _buckets([p for p, number in zip(wanted, reached) if number > 0]):
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-            with self._talking():
-                dist.all_reduce(flat)
+            self.add(flat)
             for p, gradient in zip(bucket, flat.split([p.numel() for p in bucket])):
                 p.grad = gradient.view_as(p)
 

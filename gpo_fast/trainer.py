@@ -30,7 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 import gpo_fast
-from gpo_fast.config import GPOConfig
+from gpo_fast.config import GPOConfig, changed_fields
 from gpo_fast.critic import ValueHead, explained_variance, scale_advantages, set_advantages
 from gpo_fast.data import check_dataset
 from gpo_fast.experience import Experience, TrainingRow, inseparable
@@ -38,6 +38,7 @@ from gpo_fast.forest import TokenForest
 from gpo_fast.losses import LossOutput
 from gpo_fast.losses.linear_logprob import HeadInputs
 from gpo_fast.losses.shared_rows import token_logprobs
+from gpo_fast.model_card import model_card
 from gpo_fast.objective import Totals, policy_objective, preference_objective
 from gpo_fast.procedure import GuidedSampler
 from gpo_fast.ranks import Ranks, merge_pending
@@ -341,17 +342,6 @@ class GPOTrainer(Trainer):
                 raise ValueError(f"{checkpoint} is of a run without a value head: set critic='group' to go on from it")
             self.value_head.load_state_dict(load_file(path))
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Trainer's, with the value head as a group of its own."""
-        optimizer = super().create_optimizer(model)
-        if self.value_head is not None:
-            own = list(self.value_head.parameters())
-            if not any(own[0] is p for group in optimizer.param_groups for p in group["params"]):
-                optimizer.add_param_group(
-                    {"params": own, "lr": self.args.value_head_learning_rate, "weight_decay": 0.0}
-                )
-        return optimizer
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's; of a model in shards the whole one, whatever the type of the checkpoints' state dict."""
         if self._copy is None:
@@ -359,6 +349,28 @@ class GPOTrainer(Trainer):
         self._update_engine()  # all processes
         if self.args.should_save:
             self._save(output_dir, state_dict=self._copy.state_dict())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self._write_card(Path(output_dir or self.run_files.folder), self.run_files.folder.name)
+
+    def create_model_card(self, model_name: str | None = None, **data: Any) -> None:  # type: ignore[override]
+        """Writes README.md in the output folder; `push_to_hub` calls it. `data` are further fields of its header."""
+        if self.is_world_process_zero():
+            self._write_card(self.run_files.folder, model_name or self.run_files.folder.name, **data)
+
+    def _write_card(self, folder: Path, name: str, **data: Any) -> None:
+        card = model_card(
+            name,
+            base_model=self._model_name(),
+            loss_type=self.args.loss_type,
+            use_gpo=self.args.use_gpo,
+            options={k: v for k, v in changed_fields(self.args).items() if k in _own_fields()},
+            is_adapter=self._is_peft,
+            **data,
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     # -- the update -----------------------------------------------------------------------------------------
 
@@ -402,8 +414,8 @@ class GPOTrainer(Trainer):
         """Forward and backward over the rows in microbatches; normalisers are those of all rows together."""
         model.train()
         args = self.args
-        # A row without advantage has no gradient unless it is held to the reference or has a value to learn.
-        every = args.learns_from_pairs or args.beta > 0 or args.loss_type == "awr" or self.value_head is not None
+        # A row without advantage has no gradient unless it is held to the reference.
+        every = args.learns_from_pairs or args.beta > 0 or args.loss_type == "awr"
         useful = [r for r in rows if r.token_ids and (every or r.has_advantage)]
         totals = Totals(*self.ranks.sum(Totals.of(rows)))
         batches = self._batches(useful)
@@ -418,10 +430,7 @@ class GPOTrainer(Trainer):
         total, metrics, logprobs = self._backward(batches, references, totals, reference_kl)
         if check:
             compare_gradients(model, total, *expected, tolerance=gradient_tolerance(model, self.args.bf16))
-        value_parameters = [] if self.value_head is None else [*self.value_head.parameters()]
-        self.ranks.add_gradients([*model.parameters(), *value_parameters])
-        if value_parameters and args.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(value_parameters, args.max_grad_norm)
+        self.ranks.add_gradients(model.parameters())
         total = total.new_tensor(self.ranks.sum([float(total)])[0])
         metrics["trained_rows"] = float(len(useful))
         if not args.uses_reference and self._is_peft and takes_part:
@@ -450,8 +459,6 @@ class GPOTrainer(Trainer):
 
         Loss and gradients are this process's part of those of all: `totals` and `reference_kl` are everyone's.
         """
-        if self.value_head is not None:
-            self.value_head.zero_grad()
         total = torch.zeros((), device=self.args.device)
         sums: dict[str, float] = {}
         weights: dict[str, int] = {}
@@ -486,8 +493,6 @@ class GPOTrainer(Trainer):
             output = preference_objective(batch, head, self.args, totals, reference, reference_kl)
         else:
             output = policy_objective(batch, head, self.args, totals, reference)
-        if self.value_head is not None:
-            output = self.value_head.with_loss(output, batch, hidden, self.args, totals.tokens)
         return output if zero is None else replace(output, loss=output.loss + zero)
 
     def _references(self, batches: Sequence[TrainingBatch]) -> list[torch.Tensor]:
@@ -528,15 +533,21 @@ class GPOTrainer(Trainer):
         return max(0.0, everywhere / max(1.0, count))
 
     def _estimate_values(self, rows: Sequence[TrainingRow]) -> dict[str, float]:
-        """Gives each row the value head's values, advantages and returns."""
+        """Gives each row the value head's values, which then learns what they should have been."""
         rows = [row for row in rows if row.token_ids]
         if self.value_head is None:
             return {}
+        products = torch.zeros_like(self.value_head.moments)
         for batch in self._batches(rows):
             with torch.no_grad(), self.compute_loss_context_manager(), batch.attention(self.model):
-                values = self.value_head(batch.hidden(self._base_model().get_decoder()))[batch.row_of_token]
-            for row, own in zip(batch.rows, values.split(batch.lengths)):
+                hidden = batch.hidden(self._base_model().get_decoder())[batch.row_of_token].float()
+            for row, own in zip(batch.rows, self.value_head(hidden).split(batch.lengths)):
                 set_advantages(row, own.tolist(), self.args.gamma, self.args.gae_lambda)
+            # The returns: advantages are the differences of them and the values.
+            returns = batch.per_token("values") + batch.per_token("token_advantages")
+            products += self.value_head.products(hidden, returns)
+        self.ranks.add(products)
+        self.value_head.learn(products)
         explained = {"explained_variance": explained_variance(rows)} if rows else {}
         if self.args.scale_rewards:
             scale_advantages(rows, self.ranks, centre=True)
@@ -577,6 +588,10 @@ class GPOTrainer(Trainer):
     def _base_model(self) -> Any:
         return _base_of(self.model)
 
+    def _model_name(self) -> str:
+        """The path or hub id that the model was loaded from, or ''."""
+        return str(getattr(self._base_model().config, "_name_or_path", ""))
+
     def _head(self) -> torch.nn.Linear:
         head = self._base_model().get_output_embeddings()
         if not isinstance(head, torch.nn.Linear):
@@ -596,7 +611,7 @@ class GPOTrainer(Trainer):
         self.run_files.begin(
             {
                 "title": "gpo-fast run",
-                "model": getattr(self._base_model().config, "_name_or_path", "") or type(self._base_model()).__name__,
+                "model": self._model_name() or type(self._base_model()).__name__,
                 "algorithm": ("GPO-" if self.args.use_gpo else "") + self.args.loss_type.upper(),
                 "config": {k: v for k, v in self.args.to_dict().items() if k in _own_fields()},  # type: ignore[no-untyped-call]
                 "versions": {

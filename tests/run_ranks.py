@@ -105,10 +105,9 @@ def equal(folder: Path) -> None:
         mine = rows if COUNT == 1 else [rows[:8], rows[8:]][RANK]
         run._estimate_values(mine)
         loss, metrics = run._update(run.model, mine)
-        names = [*run.model.named_parameters()]
-        names += [] if run.value_head is None else [*run.value_head.named_parameters()]
         results[case] = {"loss": loss, "rows": torch.tensor(run.ranks.merge_metrics(metrics)["trained_rows"])}
-        results[case] |= {name: whole(p.grad) for name, p in names if p.grad is not None}
+        results[case] |= {name: whole(p.grad) for name, p in run.model.named_parameters() if p.grad is not None}
+        results[case] |= {} if run.value_head is None else {"moments": run.value_head.moments}
     if RANK == 0:
         torch.save(results, folder / f"equal-{COUNT}{'-fsdp' * FSDP}.pt")
 

@@ -1,10 +1,12 @@
-"""The completions-server backend against a small server with faults, and against `transformers serve`."""
+"""The completions-server backend against a small server with faults, `transformers serve` and llama.cpp's server."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,13 +15,16 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import torch
 
-from gpo_fast import CriticalStepFinder, Request, RolloutEngine, SamplingParams
+from gpo_fast import CriticalStepFinder, Request, RolloutEngine, SamplingParams, StepSplitter
 from gpo_fast.rollout.openai_backend import OpenAIBackend, ServerError
 from gpo_fast.rollout.sampler import stream_key
 
@@ -33,6 +38,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults: list = []
         self.style = "vllm"
+        self.usage: dict = {}
         self.bodies: list[dict] = []
         self.attempts: Counter[int] = Counter()
         self.lock = threading.Lock()
@@ -86,7 +92,11 @@ class Handler(BaseHTTPRequestHandler):
         elif self.server.style == "llama.cpp":
             content = [{"id": t, "logprob": p} for t, p in zip(ids[:-1], logprobs)]
             choice |= {"logprobs": {"content": content}}
-        self.answer(200, {"choices": [choice]})
+        elif self.server.style == "llama.cpp, verbose":  # a character of two tokens: nothing is said of its first
+            content = [{"id": t, "logprob": p} for t, p in zip(ids[1:], logprobs)]
+            choice |= {"logprobs": {"content": content}}
+        extra = {"__verbose": {"tokens": ids}} if "verbose" in self.server.style else {}
+        self.answer(200, {"choices": [choice], "usage": self.server.usage, **extra})
 
     def answer(self, status: int, value: dict) -> None:
         data = json.dumps(value).encode()
@@ -135,6 +145,25 @@ def test_filters_that_are_off_are_said_to_be_off(server: FakeServer) -> None:
     assert (full["top_k"], full["stop"], full["stop_token_ids"], full["max_tokens"]) == (5, ["\n"], [7], 4)
     assert drawn[1].logprobs[0] == -0.5
     assert math.isnan(drawn[1].sampling_logprobs[0]), "raw logprobs are not those of a filtered distribution"
+
+
+def test_a_token_that_the_server_says_nothing_of_is_not_lost(server: FakeServer) -> None:
+    server.style = "llama.cpp, verbose"
+    for c in backend(server).generate(REQUESTS):
+        assert len(c.token_ids) == len(c.logprobs) == 3
+        assert all(math.isnan(p) for p in c.logprobs), "which token each logprob is of is not known"
+    server.style, server.usage = "llama.cpp", {"completion_tokens": 3}
+    with pytest.raises(ServerError, match="sampled 3 tokens and returned 2"):
+        backend(server).generate(REQUESTS)
+
+
+def test_a_completion_ends_at_its_stop_token_or_stop_string(server: FakeServer) -> None:
+    first = tokens_of(stream_key(11, 0) & 0x7FFFFFFF)[0]
+    drawn = backend(server).generate([Request([3], 1, SamplingParams(max_tokens=9, stop_token_ids=(first,)), seed=11)])
+    assert (drawn[0].token_ids, drawn[0].finish_reason) == ([first], "stop"), "servers that do not know them go on"
+    server.style = "llama.cpp"  # leaves the end out
+    with pytest.raises(ServerError, match=r"neither a stop string of \['@'\] nor an end token is in it"):
+        backend(server).generate([Request([3], 1, SamplingParams(stop=("@",)))])
 
 
 @pytest.mark.parametrize("fault", [500, 429, "cut", "close", "hang"])
@@ -202,42 +231,143 @@ def test_extra_fields_are_sent_and_a_requests_own_win(server: FakeServer) -> Non
     ]
 
 
-@pytest.mark.slow
-def test_transformers_serve_in_text_mode(tmp_path: Path) -> None:
-    """Greedy text from a real server is that of our engine."""
-    pytest.importorskip("fastapi")
-    pytest.importorskip("openai")
-    pytest.importorskip("uvicorn")
-    model = tiny.model(vocab_size=len(tiny.tokenizer()))
-    model.save_pretrained(tmp_path)
+def test_the_example_samples(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.tokenizer().save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["backend_openai.py", server.url, str(tmp_path)])
+    script = Path(__file__).parent.parent / "examples" / "backend_openai.py"
+    runpy.run_path(str(script), run_name="__main__")
+    rows = [json.loads(line) for line in (tmp_path / "preferences.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(row["prompt"] and row["chosen"] != row["rejected"] for row in rows)
+
+
+# -- real servers -------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--host", "127.0.0.1"]
+        port: int = free.getsockname()[1]
+        return port
+
+
+@contextmanager
+def serving(command: list[str], port: int) -> Iterator[str]:
+    """The address of a server that has come up; it is ended afterwards."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    options = ["--port", str(port), "--device", "cpu", str(tmp_path)]
-    process = subprocess.Popen(
-        [*command, *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(240):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).read()
                 break
             except OSError:
-                assert process.poll() is None, "transformers serve ended at once"
+                assert process.poll() is None, f"{command[0]} ended at once"
                 time.sleep(0.5)
-        requests = [
-            Request(tiny.tokenizer()(t)["input_ids"], 1, SamplingParams(0.0, max_tokens=8)) for t in ("1+1", "ab")
-        ]
-        remote = OpenAIBackend(f"http://127.0.0.1:{port}/v1", str(tmp_path), tiny.tokenizer(), mode="text", timeout=60)
-        theirs = remote.generate(requests)
+        yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
         process.wait(timeout=20)
+
+
+@pytest.mark.slow
+def test_transformers_serve_in_text_mode(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Greedy text from a real server is that of our engine."""
+    for package in ("fastapi", "openai", "uvicorn"):
+        pytest.importorskip(package)
+    model = tiny.model(vocab_size=len(tiny.tokenizer()))
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    port = free_port()
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--host", "127.0.0.1"]
+    options = ["--port", str(port), "--device", "cpu", str(tmp_path)]
+    greedy = SamplingParams(0.0, max_tokens=8)
+    requests = [Request(tiny.tokenizer()(t)["input_ids"], 1, greedy) for t in ("1+1", "ab")]
+    with serving([*command, *options], port) as url:
+        remote = OpenAIBackend(url, str(tmp_path), tiny.tokenizer(), mode="text", timeout=60)
+        theirs = remote.generate(requests)
+        assert all(math.isnan(p) for c in theirs for p in c.logprobs)
+        branches = [Request([5, 6, 7], 4, SamplingParams(max_tokens=8), seed=3)]
+        remote.generate(branches)
+        assert "does the server sample at all?" in caplog.text
+        how = json.dumps({"do_sample": True, "top_k": 0, "eos_token_id": 1, "pad_token_id": 0})
+        remote.extra_body = {"generation_config": how}
+        assert len({tuple(c.token_ids) for c in remote.generate(branches)}) == 4
+        with pytest.raises(ServerError, match="needs mode='text'"):
+            OpenAIBackend(url, str(tmp_path), tiny.tokenizer()).generate(requests)
     ours = RolloutEngine(model, tiny.tokenizer()).generate(requests)
     for a, b in zip(theirs, ours):
         decode = lambda c: tiny.tokenizer().decode(c.token_ids, skip_special_tokens=True)  # noqa: E731
         assert decode(a) == decode(b)
         assert a.finish_reason == b.finish_reason
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[OpenAIBackend]:
+    """llama.cpp's own server with SmolLM2: the program in LLAMA_SERVER, or llama-server on the PATH."""
+    program = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
+    if program is None:
+        pytest.skip("no llama-server: set LLAMA_SERVER to llama.cpp's server")
+    from gpo_fast.demo.model import find_gguf
+
+    port = free_port()
+    options = ["--ctx-size", "1024", "--parallel", "4", "--threads", "1", "--port", str(port)]
+    with serving([program, "--model", str(find_gguf()), *options], port) as url:
+        yield OpenAIBackend(url, "smollm2", smollm2()[1], timeout=120)
+
+
+def smollm2() -> tuple[Any, Any]:
+    from gpo_fast.demo.model import load_demo_model
+
+    return load_demo_model()
+
+
+def teacher_forced(completion: Any) -> torch.Tensor:
+    ids = torch.tensor([[*completion.prompt_token_ids, *completion.token_ids]])
+    with torch.no_grad():
+        logprobs = smollm2()[0](ids).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(-1, ids[0, 1:, None])[len(completion.prompt_token_ids) - 1 :, 0]
+
+
+@pytest.mark.slow
+def test_llama_cpp_samples_what_it_says(llama: OpenAIBackend) -> None:
+    ids = llama.tokenizer("The sum of 17 and 25 is")["input_ids"]
+    requests = [Request(ids, 3, SamplingParams(max_tokens=12), seed=4)]
+    drawn = llama.generate(requests)
+    assert len({tuple(c.token_ids) for c in drawn}) == 3, "each branch has a seed of its own"
+    assert [c.token_ids for c in llama.generate(requests)] == [c.token_ids for c in drawn]
+    for completion in drawn:
+        assert completion.prompt_token_ids == ids
+        # llama.cpp rounds activations to 8 bits for its products, our model computes in float32.
+        assert (torch.tensor(completion.logprobs) - teacher_forced(completion)).abs().max() < 0.5
+    wild = SamplingParams(max_tokens=1, temperature=1000.0)
+    firsts = {c.token_ids[0] for c in llama.generate([Request(ids, 48, wild, seed=1)])}
+    assert len(firsts) > 40, "llama.cpp's own filter leaves 40 tokens"
+    assert len({c.token_ids[0] for c in llama.generate([Request(ids, 8, SamplingParams(max_tokens=1, top_k=1))])}) == 1
+
+
+@pytest.mark.slow
+def test_llama_cpp_stops(llama: OpenAIBackend) -> None:
+    ids = llama.tokenizer("The capital of France is")["input_ids"]
+    greedy = SamplingParams(0.0, max_tokens=10, ignore_eos=True)
+    plain = llama.generate([Request(ids, 1, greedy)])[0]
+    assert (len(plain.token_ids), plain.finish_reason) == (10, "length")
+    end = plain.token_ids[1]
+    for stop in ({"stop_token_ids": (end,)}, {"stop": (llama.tokenizer.decode([end]),)}):
+        ended = llama.generate([Request(ids, 1, SamplingParams(0.0, max_tokens=10, **stop))])[0]
+        assert (ended.token_ids, ended.finish_reason) == (plain.token_ids[:2], "stop")
+
+
+@pytest.mark.slow
+def test_a_search_runs_on_llama_cpp(llama: OpenAIBackend) -> None:
+    trajectory = llama.generate([Request(llama.tokenizer("1, 2, 3,")["input_ids"], 1, SamplingParams(max_tokens=12))])
+    finder = CriticalStepFinder(
+        llama,
+        lambda found: [float(len(c.token_ids) % 2) for c in found],
+        StepSplitter("tokens", min_tokens=4),
+        n_samples=2,
+        sampling=SamplingParams(max_tokens=12),
+    )
+    found = finder.find(trajectory)[0]
+    assert found.num_rollouts == 2 * len(found.steps)

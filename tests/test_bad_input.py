@@ -152,6 +152,7 @@ case("file: model is a list", "model must be of the type str", read(GOOD + "mode
 case("file: empty model", "model must not be empty", read(GOOD + "model: ''\n"))
 case("file: dtype", "dtype must be one of auto, float32.*did you mean 'float16'", read(GOOD + "dtype: floot16\n"))
 case("file: lora_r", "lora_r must be at least 0", read(GOOD + "lora_r: -1\n"))
+case("file: merge_adapter", "set lora_r above 0", read(GOOD + "merge_adapter: true\n"))
 case("file: trust_remote_code", "trust_remote_code must be of the type bool", read(GOOD + "trust_remote_code: sure\n"))
 
 # -- the command line ---------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from gpo_fast import cli
@@ -110,13 +113,21 @@ def test_training_from_a_file_and_its_report(saved_model: Path, tmp_path: Path) 
     config = tmp_path / "run.yaml"
     config.write_text(
         f"model: {saved_model}\ndataset: {data}\nrewards: exact_match\noutput_dir: {tmp_path / 'run'}\nlora_r: 2\n"
+        "use_dora: true\nmerge_adapter: true\nlearning_rate: 1e-2\n"
         "per_device_train_batch_size: 2\nnum_generations: 2\nmax_completion_length: 6\nreport_to: none\n"
         "use_cpu: true\nbf16: false\ndisable_tqdm: true\nmax_steps: 4\n"
     )
     result = RUNNER.invoke(cli.app, ["train", str(config), "--max_steps", "2"], catch_exceptions=False)
     assert result.exit_code == 0
     assert (tmp_path / "run" / "report.html").is_file()
-    assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
+    adapter = tmp_path / "run" / "model"
+    assert json.loads((adapter / "adapter_config.json").read_text())["use_dora"]
+    base = AutoModelForCausalLM.from_pretrained(saved_model)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
+    ids = torch.arange(3, 20)[None]
+    difference = (merged(ids).logits - base(ids).logits).abs().max()
+    trained = PeftModel.from_pretrained(base, adapter)(ids).logits
+    assert (merged(ids).logits - trained).abs().max() <= 1e-4 * difference
     other = RUNNER.invoke(cli.app, ["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")])
     assert (tmp_path / "r.html").is_file()
     assert other.exit_code == 0

@@ -161,13 +161,19 @@ def unrounded_head(model: Any, completion: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_adapters_take_part_in_rollouts(merged: bool) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_adapters_take_part_in_rollouts(merged: bool, dora: bool, kind: str) -> None:
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny.model(), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=dora)
+    model = peft.get_peft_model(tiny.model(kind), adapter)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "magnitude" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+        if name.endswith("q_proj.base_layer.bias"):
             torch.nn.init.normal_(parameter, std=0.3)
     engine = RolloutEngine(model, tiny.tokenizer())
+    assert engine._packed is not None
     if merged:
         model.merge_adapter()
         engine.update_weights()

@@ -38,18 +38,6 @@ def test_the_offline_example_trains(format: str, saved: str, tmp_path: Path, mon
     assert state.global_step == 2
 
 
-@pytest.mark.slow
-def test_the_ray_example_samples(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = pytest.importorskip("ray")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["backend_ray.py", saved, "1"])
-    try:
-        runpy.run_path(str(EXAMPLES / "backend_ray.py"), run_name="__main__")
-    finally:
-        ray.shutdown()
-    assert (tmp_path / "preferences.jsonl").stat().st_size > 0
-
-
 PAPER = sorted((EXAMPLES / "paper").glob("*.yaml"))
 
 

@@ -341,6 +341,9 @@ def test_adapters_conversations_async_rewards_and_checkpoints(tmp_path: Path) ->
     )
     run.train()
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "https://huggingface.co/papers/2509.16456" in card
+    assert "arXiv:2402.03300" in card, "the base algorithm's paper"
     assert seen
     assert run.state.log_history[0]["mine"] == 1.0
 

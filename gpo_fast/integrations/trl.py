@@ -28,6 +28,7 @@ from gpo_fast.forest import TokenForest
 from gpo_fast.integrations.trl_head import install_fused_head
 from gpo_fast.integrations.trl_packing import tree_logprobs
 from gpo_fast.integrations.trl_rewards import LocalRewards
+from gpo_fast.model_card import PAPER
 from gpo_fast.procedure import choose_searches
 from gpo_fast.rollout import RolloutEngine
 from gpo_fast.rollout.types import Completion, Request, RolloutBackend, SamplingParams
@@ -165,6 +166,10 @@ class GPOTrainer(GRPOTrainer):
         args = self.args
         if not isinstance(args, GPOConfig):
             raise TypeError(f"gpo-fast's GPOTrainer needs gpo-fast's GPOConfig, got {type(args).__name__}")
+        if args.use_gpo:  # what TRL's model card says
+            citation = PAPER["citation"] + "\n\n" + GRPOTrainer._paper["citation"]
+            self._name, self._tag_names = "GPO", [*GRPOTrainer._tag_names, "gpo"]
+            self._paper = {**PAPER, "citation": citation}
         no_head = self._install_head() if args.use_fused_head else None
         reason = _why_no_engine(self, own_rollouts)
         if args.use_gpo and reason is not None:

@@ -6,7 +6,7 @@ cache makes the shared prompt cheap. Only the standard library is used.
 Two ways of talking to a server:
 
 - `mode="tokens"`: prompts go out as token ids and token ids come back (vLLM's `return_token_ids`, llama.cpp's
-  `return_tokens`, or token ids within `logprobs`). Exact, and the default.
+  `return_tokens` with `verbose`, or token ids within `logprobs`). Exact, and the default.
 - `mode="text"`: prompts and completions travel as text (`transformers serve` and llama-cpp-python's server take
   nothing else). A prompt whose text does not tokenize back to the same ids is refused; logprobs are NaN.
 
@@ -38,6 +38,7 @@ Branch = tuple[int, int]  # request index, branch index
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 LONGEST_WAIT = 30.0  # seconds between two attempts
+ALIKE = 4  # so many equal completions of one prompt are suspect
 EVERY_TOKEN = 1 << 30  # as top_k: servers disagree on whether 0 or -1 is "off", but cut this to the vocabulary
 
 
@@ -74,7 +75,8 @@ class OpenAIBackend:
             "processed" (of the distribution that was sampled from). The other kind is NaN, unless the two are equal.
         extra_body: further fields of every request. In mode "text" filters that are off (top_k, min_p) are not sent,
             because `transformers serve` refuses them; tell other servers here that they are off:
-            `{"top_k": 0, "min_p": 0.0}` for llama-cpp-python.
+            `{"top_k": 0, "min_p": 0.0}` for llama-cpp-python. `transformers serve` samples only if told so here:
+            `{"generation_config": '{"do_sample": true, "top_k": 0, "eos_token_id": 2}'}` with the model's end token.
         max_length: the model's context in tokens.
         sync_weights: called by `update_weights`; must load the trained weights into the server.
         seed: first of the seeds that requests without one get.
@@ -173,6 +175,8 @@ class OpenAIBackend:
                 "'finished': pass them to generate(..., finished=...) to sample only the rest",
                 [done[key] for key in sorted(done)],
             ) from failure
+        if self.mode == "text":
+            self._warn_of_greed(requests, done)
         return [done[key] for key in sorted(done)]
 
     def update_weights(self) -> None:
@@ -188,6 +192,18 @@ class OpenAIBackend:
                 "collective_rpc or weight-transfer endpoints)"
             )
         self._sync_weights()
+
+    def _warn_of_greed(self, requests: Sequence[Request], done: dict[Branch, Completion]) -> None:
+        for number, request in enumerate(requests):
+            drawn = {tuple(done[number, branch].token_ids) for branch in range(request.n)}
+            if request.n >= ALIKE and len(drawn) == 1 and request.sampling.temperature > 0:
+                logger.warning(
+                    "all %d completions of request %d are the same: does the server sample at all? `transformers "
+                    "serve` does only if its generation_config says so, see extra_body",
+                    request.n,
+                    number,
+                )
+                return
 
     # -- one branch -----------------------------------------------------------------------------------------
 
@@ -224,7 +240,8 @@ class OpenAIBackend:
             "seed": stream_key(seed, branch) & 0x7FFFFFFF,
         }
         if self.mode == "tokens":
-            body |= {"logprobs": 1, "return_token_ids": True, "return_tokens_as_token_ids": True, "return_tokens": True}
+            body |= {"logprobs": 1, "return_token_ids": True, "return_tokens_as_token_ids": True}
+            body |= {"return_tokens": True, "verbose": True}
         if self.mode == "tokens" or sampling.top_k:
             body["top_k"] = sampling.top_k or EVERY_TOKEN
         if self.mode == "tokens" or sampling.min_p:
@@ -254,7 +271,7 @@ class OpenAIBackend:
                 return self._completion(self._post(body), sampling, prompt, number, branch)
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:  # noqa: PERF203
                 if isinstance(error, urllib.error.HTTPError) and error.code not in RETRIED_STATUS:
-                    raise _Fatal(f"status {error.code}: {_message(error)}") from error
+                    raise _Fatal(f"status {error.code}: {_message(error)}{self._hint(error.code)}") from error
                 if attempt == self.max_retries or self._stopping.is_set():
                     raise _Fatal(f"{attempt + 1} attempts failed, the last with {error!r}") from error
                 wait = _wait(error, self.backoff * 2**attempt)
@@ -285,11 +302,17 @@ class OpenAIBackend:
         except (KeyError, IndexError, TypeError) as error:
             raise _Fatal(f"the answer is not a completion: {answer!s:.200}") from error
         if self.mode == "tokens":
-            tokens, logprobs = _tokens(choice)
+            tokens, logprobs = _tokens(answer)
         else:
             tokens = self.tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
             logprobs = [math.nan] * len(tokens)
+        # llama.cpp does not know stop tokens and goes on; what it sampled up to the first one is what was asked for.
+        stop = next((i for i, token in enumerate(tokens) if token in sampling.stop_token_ids), None)
+        if stop is not None:
+            tokens, logprobs, reason = tokens[: stop + 1], logprobs[: stop + 1], "stop"
         ends = {self.tokenizer.eos_token_id, *sampling.stop_token_ids}
+        if sampling.stop and reason == "stop" and tokens[-1:] and tokens[-1] not in ends:
+            self._check_stop(tokens, sampling.stop)
         if (reason == "stop" and not sampling.stop and tokens[-1:] and tokens[-1] not in ends) or not tokens:
             # Some servers leave out the token that ended the completion; the contract includes it.
             tokens, logprobs = [*tokens, self.tokenizer.eos_token_id], [*logprobs, math.nan]
@@ -301,31 +324,60 @@ class OpenAIBackend:
             drawn = [0.0] * len(tokens)
         return Completion(number, branch, prompt, tokens, raw, drawn, reason)
 
+    def _hint(self, status: int) -> str:
+        if self.mode == "tokens" and status in (400, 422):
+            return " (a server that takes no token ids, such as `transformers serve`, needs mode='text')"
+        return ""
+
+    def _check_stop(self, tokens: list[int], stop: Sequence[str]) -> None:
+        """Raises _Fatal unless one of the stop strings is in the completion that it has ended."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if not any(string in text for string in stop):
+            raise _Fatal(
+                f"the server ended a completion without its end: neither a stop string of {list(stop)} nor an end "
+                "token is in it. Use stop_token_ids, or a server that returns what it stopped at (vLLM, SGLang, "
+                "llama.cpp)"
+            )
+
     def _stop(self, under_way: dict[Future[Completion], Branch]) -> None:
         self._stopping.set()
         for task in under_way:
             task.cancel()
 
 
-def _tokens(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
-    """Token ids and logprobs of a choice, wherever the server put them."""
+def _tokens(answer: dict[str, Any]) -> tuple[list[int], list[float]]:
+    """Token ids and logprobs of an answer's only choice, wherever the server put them."""
+    choice = answer["choices"][0]
     told = choice.get("logprobs") or {}
     content = told.get("content") or []
-    ids = choice.get("token_ids") or choice.get("tokens")
-    if ids is None and content and all("id" in entry for entry in content):
-        ids = [entry["id"] for entry in content]
-    if ids is None and told.get("tokens") and all(str(t).startswith("token_id:") for t in told["tokens"]):
+    ids = choice.get("token_ids") or choice.get("tokens") or (answer.get("__verbose") or {}).get("tokens")
+    own = [entry["id"] for entry in content] if content and all("id" in entry for entry in content) else None
+    if not ids and own is not None:
+        ids = own
+        _check_count(ids, answer)
+    if not ids and told.get("tokens") and all(str(t).startswith("token_id:") for t in told["tokens"]):
         ids = [int(t.removeprefix("token_id:")) for t in told["tokens"]]
-    if ids is None and not choice.get("text"):
-        ids = []
-    if ids is None:
+    if not ids and choice.get("text"):
         raise _Fatal(
             "the server returned text without token ids: use one that does (vLLM, SGLang or llama.cpp with "
             "return_token_ids, return_tokens or return_tokens_as_token_ids), or mode='text'"
         )
+    ids = [int(t) for t in ids or []]
     given = told.get("token_logprobs") or [entry.get("logprob") for entry in content]
+    if own is not None and ids[: len(own)] != own:
+        given = []  # llama.cpp says nothing of a token that ends within a character: whose logprob is whose?
     logprobs = [math.nan if p is None else float(p) for p in given][: len(ids)]
-    return [int(t) for t in ids], [*logprobs, *[math.nan] * (len(ids) - len(logprobs))]
+    return ids, [*logprobs, *[math.nan] * (len(ids) - len(logprobs))]
+
+
+def _check_count(ids: list[int], answer: dict[str, Any]) -> None:
+    """Raises _Fatal if the server sampled more tokens than it has given logprobs of."""
+    sampled = (answer.get("usage") or {}).get("completion_tokens", len(ids))
+    if sampled > len(ids):
+        raise _Fatal(
+            f"the server sampled {sampled} tokens and returned {len(ids)}: it leaves out those that end within a "
+            "character. A newer llama.cpp returns all (its fields return_tokens and verbose), or use mode='text'"
+        )
 
 
 def _wait(error: Exception, seconds: float) -> float:

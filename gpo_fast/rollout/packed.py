@@ -1,8 +1,8 @@
 """The fast forward pass on a CPU: known architectures with prepacked weights, whole in C++ (csrc/cpu/decoder.h).
 
-The weights are copied into panels once per epoch; LoRA adapters are merged into the copy, in float32 before it is
-rounded. (The trainer adds an adapter's product to the base product instead: in bfloat16 the two differ by rounding, as
-two orders of summation do; in float32 they agree to its precision.) The model itself is never changed.
+The weights are copied into panels once per epoch; LoRA and DoRA adapters are merged into the copy, in float32 before
+it is rounded. (The trainer adds an adapter's product to the base product instead: in bfloat16 the two differ by
+rounding, as two orders of summation do; in float32 they agree to its precision.) The model itself is never changed.
 """
 
 from __future__ import annotations
@@ -158,10 +158,10 @@ class PackedDecoder:
 
 
 def merged_weight(module: Any) -> tuple[Tensor, Tensor | None]:
-    """A linear module's weight [outputs, inputs] and bias, active LoRA adapters merged in float32.
+    """A linear module's weight [outputs, inputs] and bias, active LoRA or DoRA adapters merged in float32.
 
     Raises:
-        ValueError: neither a plain linear module nor one with plain LoRA adapters.
+        ValueError: neither a plain linear module nor one with such adapters.
     """
     if type(module) is nn.Linear:
         return module.weight.detach(), None if module.bias is None else module.bias.detach()
@@ -174,13 +174,19 @@ def merged_weight(module: Any) -> tuple[Tensor, Tensor | None]:
     if layer.merged or layer.disable_adapters:
         return weight, bias
     active = [a for a in layer.active_adapters if a in layer.lora_A]
-    if any(a in getattr(module, "lora_variant", {}) or layer.lora_bias.get(a) for a in active):
-        raise ValueError("a variant of LoRA (such as DoRA)")
+    variants = [type(layer.lora_variant[a]).__name__ for a in active if a in layer.lora_variant]
+    if any(layer.lora_bias.get(a) for a in active) or variants not in ([], ["DoraLinearVariant"]):
+        raise ValueError("a variant of LoRA other than DoRA")
+    if variants and len(active) > 1:
+        raise ValueError("DoRA beside another adapter")
     total = weight.float()
     for adapter in active:
         a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
         delta = b.float() @ a.float() * layer.scaling[adapter]
         total = total + (delta.T if layer.fan_in_fan_out else delta)
+    if variants:  # each output's weights have a trained length (arXiv 2402.09353, equation 5)
+        magnitude = layer.lora_magnitude_vector[active[0]].weight.detach().float()
+        total = total * (magnitude / torch.linalg.norm(total, dim=1))[:, None]
     return total.to(weight.dtype), bias
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from test_engine import MODELS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpo_fast import Completion, Request, RolloutEngine, SamplingParams
 from gpo_fast.rollout import engine as engine_module
@@ -182,3 +184,46 @@ def test_what_the_kernels_do_not_handle_is_refused(make: Callable[[type], Make])
         make(GpuRunner)(block_size=12)
     with pytest.raises(ValueError, match="head sizes from 1 to 256"):
         make(GpuRunner)(changes={"head_dim": 512})
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what a stream that is being captured refuses: reading a value on the host, and sending one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        if func is torch.ops.aten.nonzero.default:
+            raise RuntimeError("operation not permitted when stream is capturing: the size of the result is data")
+        return func(*args, **(kwargs or {}))
+
+
+def like_a_capture(compute: Callable[[], None], *arguments: Any) -> Callable[[], None]:
+    with _NoWaiting():
+        compute()
+    return compute
+
+
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}}
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="stands in for a capture where there is none")
+@pytest.mark.parametrize(
+    ("kind", "changes", "can_be_captured"),
+    [*((kind, changes, True) for kind, changes in MODELS.items()), ("llama", DYNAMIC, False)],
+    ids=[*MODELS, "dynamic positions"],
+)
+def test_decode_steps_do_nothing_that_a_capture_forbids(
+    kind: str,
+    changes: dict[str, Any],
+    can_be_captured: bool,
+    make: Callable[[type], Make],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In the models' modules and in ours. Dynamic positions are looked at on the host, and that is found out."""
+    monkeypatch.setattr(runner_gpu, "captured", like_a_capture)
+    engine = make(GpuRunner)(kind, SMALL | {"hidden_size": 64} | changes)
+    with caplog.at_level(logging.WARNING, "gpo_fast"):
+        engine.generate([Request([5, 6], 2, SamplingParams(max_tokens=2, ignore_eos=True), seed=1)])
+    assert bool(engine._runner.decode_steps) == can_be_captured
+    assert bool(caplog.records) != can_be_captured

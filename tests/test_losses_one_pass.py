@@ -10,7 +10,7 @@ import torch
 from test_losses_numerics import TOLERANCE, random_inputs
 from test_losses_policy import ALL_TYPES, BATCH, LENGTH, Case, dense_loss, options
 from test_losses_preference import ALL_TYPES as PREFERENCE_TYPES
-from test_losses_preference import PAIRS
+from test_losses_preference import PAIRS, formula
 from test_losses_preference import Case as Pairs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -58,17 +58,20 @@ def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [5, 7, 1000])
+@pytest.mark.parametrize("how", [5, 7, 1000, "two passes", "frozen"])
 @pytest.mark.parametrize("loss_type", ALL_TYPES)
 def test_every_policy_loss_with_every_option(
-    loss_type: str, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    loss_type: str, how: int | str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pieces end inside the sequences of 1, 3, 5 and 7 tokens; gspo and rloo need them whole."""
-    cut(monkeypatch, rows)
+    """Pieces of so many rows end inside the sequences of 1, 3, 5 and 7 tokens; gspo and rloo need them whole."""
+    if isinstance(how, int):
+        cut(monkeypatch, how)
+    elif how == "two passes":
+        two_passes(monkeypatch)
     case = Case(torch.float64)
     leaves = [tensor.to(dtype) for tensor in (case.hidden, case.weight, 0.3 * torch.randn(case.weight.shape[0]))]
     exact = [tensor.double().requires_grad_() for tensor in leaves]
-    leaves = [tensor.requires_grad_() for tensor in leaves]
+    leaves = [tensor.requires_grad_(index == 0 or how != "frozen") for index, tensor in enumerate(leaves)]
     output = linear_policy_loss(
         leaves[0], leaves[1], case.targets, loss_type=loss_type, advantages=case.advantages, bias=leaves[2],
         old_logprobs=case.old, ref_logprobs=case.ref, beta=0.05, epsilon_high=0.3, awr_beta=0.7, entropy_coef=0.2,
@@ -83,13 +86,45 @@ def test_every_policy_loss_with_every_option(
     loss = loss - 0.2 * entropy.sum() / case.mask.sum()
     (loss / 3).backward()
 
-    assert passes(output.loss) == (2 if loss_type in PER_SEQUENCE and rows < 7 else 1)
+    single = isinstance(how, int) and not (loss_type in PER_SEQUENCE and how < 7)
+    assert passes(output.loss) == (1 if single else 2)
     tolerance = 1e-12 if dtype == torch.float64 else TOLERANCE[dtype]
     assert relative_error(output.loss, loss) <= tolerance
     assert relative_error(output.logprobs, logprobs) <= tolerance
     assert relative_error(output.entropy, entropy) <= tolerance
     for leaf, reference in zip(leaves, exact):
-        assert relative_error(leaf.grad, reference.grad) <= tolerance
+        if leaf.requires_grad:
+            assert relative_error(leaf.grad, reference.grad) <= tolerance
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("loss_type", PREFERENCE_TYPES)
+def test_a_preference_loss_with_every_option_of_the_head(
+    loss_type: str, single: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not single:
+        two_passes(monkeypatch)
+    case = Pairs()
+    width, vocab = case.weight.shape[1], case.weight.shape[0]
+    leaves = [case.hidden.clone(), case.weight.clone(), 0.3 * torch.randn(vocab, dtype=torch.float64)]
+    leaves += [torch.randn(3, width, dtype=torch.float64) / 4, torch.randn(vocab, 3, dtype=torch.float64) / 4]
+    exact = [leaf.clone().requires_grad_() for leaf in leaves]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    output = linear_preference_loss(
+        leaves[0], leaves[1], case.targets, loss_type=loss_type, beta=0.7, bias=leaves[2], temperature=0.8,
+        softcap=3.0, lora=(leaves[3], leaves[4], 0.5), **case.arguments(loss_type),
+    )  # fmt: skip
+    output.loss.backward()
+    logprobs, _ = linear_logprob_reference(
+        exact[0].flatten(0, 1), exact[1] + 0.5 * exact[4] @ exact[3], case.targets.flatten(), bias=exact[2],
+        temperature=0.8, softcap=3.0,
+    )  # fmt: skip
+    loss = formula(case, loss_type, logprobs.reshape(case.targets.shape), 0.7)
+    loss.backward()
+    assert passes(output.loss) == (1 if single else 2)
+    assert relative_error(output.loss, loss) <= 1e-12
+    for leaf, reference in zip(leaves, exact):
+        assert relative_error(leaf.grad, reference.grad) <= 1e-12
 
 
 @pytest.mark.parametrize("rows", [13, 14, 1000])
@@ -318,16 +353,21 @@ def test_backward_twice_gives_the_gradients_twice(dtype: torch.dtype) -> None:
     assert all(torch.equal(*pair) for pair in zip(first, second))
 
 
-def test_the_factor_of_the_loss_is_not_rounded_to_bfloat16() -> None:
-    """1/3 in bfloat16 would be off by 2**-9.4 everywhere; a sum of many numbers shows it."""
-    hidden, weight, _, targets = random_inputs(200, 64, 500, torch.bfloat16)
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
-    loss = run(*leaves, targets).loss
-    whole = torch.autograd.grad(loss, leaves, retain_graph=True)
-    third = torch.autograd.grad(loss / 3, leaves)
-    for part, exact in zip(third, whole):
-        size = float(part.double().norm() / exact.double().norm())
-        assert abs(3 * size - 1) < 2**-13
+@pytest.mark.parametrize(("loss_type", "sizes"), [("grpo", [7, 7, 2]), ("gspo", [4, 5, 7])])
+def test_pieces_are_as_large_as_allowed(loss_type: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of 1, 3, 5 and 7 tokens."""
+    cut(monkeypatch, 7)
+    forward_logits, seen = chunked.forward_logits, []
+
+    def counting(head, batch, *options):
+        seen.append(batch.count)
+        return forward_logits(head, batch, *options)
+
+    monkeypatch.setattr(chunked, "forward_logits", counting)
+    case = Case()
+    weight = case.weight.requires_grad_()
+    linear_policy_loss(case.hidden, weight, case.targets, loss_type=loss_type, advantages=case.advantages)
+    assert seen == sizes
 
 
 def test_second_derivatives_raise() -> None:
@@ -356,17 +396,20 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         assert torch.equal(first, second)
 
 
-def test_torch_compile() -> None:
+@pytest.mark.parametrize("loss_type", ["grpo", "dpo"])
+def test_torch_compile_without_graph_breaks(loss_type: str) -> None:
     """A compiled loss goes through the two operators of two passes."""
-    hidden, weight, _, targets = random_inputs(20, 16, 70, torch.float32)
-    advantages = torch.randn(20)
+    case = Pairs()
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return run(hidden * 2, weight, targets, advantages=advantages).loss
+        if loss_type == "dpo":
+            return linear_preference_loss(hidden * 2, weight, case.targets, loss_type="dpo", ref_logprobs=case.ref).loss
+        advantages = case.ref[:, 0]
+        return linear_policy_loss(hidden * 2, weight, case.targets, loss_type="grpo", advantages=advantages).loss
 
     gradients = []
-    for call in (loss, torch.compile(loss, backend="aot_eager")):
-        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()]
         call(*leaves).backward()
         gradients.append([leaf.grad for leaf in leaves])
     for first, second in zip(*gradients):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpo_fast import SamplingParams
-from gpo_fast.rollout.sampler import sample, sample_torch, uniforms
+from gpo_fast.rollout.sampler import sample, sample_torch, stream_key, uniforms
 
 FILTERS = [
     {},
@@ -96,3 +96,7 @@ def test_extreme_numbers_draw_possible_tokens(uniform: float) -> None:
 def test_equal_logits_keep_exactly_k() -> None:
     tokens = sample(torch.zeros(2000, 50), [SamplingParams(top_k=4)] * 2000, random_uniforms(2000))[0]
     assert set(tokens.tolist()) == {0, 1, 2, 3}
+
+
+def test_a_seed_may_be_one_of_numpys_integers() -> None:
+    assert stream_key(np.int64(-3), 2) == stream_key(-3, 2) != stream_key(3, 2)

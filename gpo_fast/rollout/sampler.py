@@ -42,7 +42,7 @@ def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
 def stream_key(seed: int, branch: int) -> int:
     """The key of a branch's stream."""
     with np.errstate(over="ignore"):
-        mixed = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)) + np.uint64(branch + 1) * _GOLDEN
+        mixed = _mix(np.array([int(seed) & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)) + np.uint64(branch + 1) * _GOLDEN
     return int(mixed[0])
 
 

@@ -2,8 +2,8 @@
 
 A critic's values are Monte Carlo ones, which the search for the critical step has measured at the boundaries of
 steps, or a linear head's on the last hidden state, at every token. The head is fitted in closed form. With gradient
-steps it needed many iterations: at a learning rate of 1e-3 it explained nothing after 25 of them, at 1e-2 its first
-values were worse than none.
+steps it explained far less at a small learning rate, and did great harm first at a large one
+(benchmarks/value_head.py).
 """
 
 from __future__ import annotations

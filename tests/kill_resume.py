@@ -179,6 +179,8 @@ def main() -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="gpo-fast-kills-") as folder:
         hit = kill_and_resume(args.kills, args.seed, Path(folder))
+    missed = set(PHASES) - set(hit)
+    assert args.kills < 50 or not missed, f"no kill hit {missed}"
     print(json.dumps({"kills": sum(hit.values()), "by_phase": dict(hit), "seconds": time.perf_counter() - start}))
 
 

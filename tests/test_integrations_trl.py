@@ -15,11 +15,12 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 trl = pytest.importorskip("trl")
 
 from gpo_fast.integrations.trl import GPOConfig, GPOTrainer  # noqa: E402
+from gpo_fast.integrations.trl_rewards import LocalRewards  # noqa: E402
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
@@ -97,6 +98,18 @@ def test_no_secret_is_in_what_is_saved(tmp_path: Path) -> None:
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"training_args.bin", "README.md"} <= {path.name for path in files}
     assert not [path for path in files if b"hunter2" in path.read_bytes()]
+
+
+def test_a_reward_model_scores_a_search_as_trl_scores_the_rows(tmp_path: Path) -> None:
+    config = policy().config.__class__.from_dict({**policy().config.to_dict(), "num_labels": 1})
+    scorer = AutoModelForSequenceClassification.from_config(config)
+    run = gpo(tmp_path, rewards=[scorer, digits], trainer={"reward_processing_classes": [tiny.tokenizer(), None]})
+    completions = ["12", "ab3", "x"]
+    ids = [tiny.tokenizer()(c)["input_ids"] for c in completions]
+    theirs = run._calculate_rewards(ROWS[:3], [r["prompt"] for r in ROWS[:3]], completions, ids)
+    ours = LocalRewards(run).score(ROWS[:3], completions, ids)
+    assert ours == pytest.approx((theirs.double() * run.reward_weights).sum(1).tolist(), rel=1e-5)
+    assert len(set(ours)) == 3
 
 
 def test_rows_keep_trls_counts_and_prefixes_have_no_loss(tmp_path: Path) -> None:

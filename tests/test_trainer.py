@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -172,37 +167,6 @@ def test_conversations_and_several_steps_per_generation(tmp_path: Path) -> None:
     assert seen[0][1][0]["role"] == "assistant"
     assert ["reward" in r for r in deterministic(tmp_path / "run")] == [True, False, True, False]
     assert "optimiser steps" in write_report(tmp_path / "run").read_text(encoding="utf-8")
-
-
-SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from test_trainer import trainer
-from gpo_fast.run_files import last_checkpoint
-run = trainer(Path({folder!r}), max_steps=14)
-run.train(resume_from_checkpoint=last_checkpoint(Path({folder!r})))
-"""
-
-
-def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        source = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder))
-        process = subprocess.Popen([sys.executable, "-c", source], env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if folder == killed:
-            deadline = time.time() + 200
-            while len(read_records(killed / "metrics.jsonl")) < 7 and process.poll() is None:
-                assert time.time() < deadline
-                time.sleep(0.02)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            assert last_checkpoint(killed) is not None
-            assert len(read_records(killed / "metrics.jsonl")) < 14
-            process = subprocess.Popen([sys.executable, "-c", source], env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert process.wait(timeout=250) == 0
-    assert deterministic(killed) == deterministic(whole)
-    assert len(deterministic(whole)) == 14
 
 
 def test_memory_too_small_for_all_sequences_changes_no_metric(tmp_path: Path) -> None:

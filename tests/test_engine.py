@@ -173,7 +173,7 @@ def test_adapters_take_part_in_rollouts(merged: bool, dora: bool, kind: str) -> 
         if name.endswith("q_proj.base_layer.bias"):
             torch.nn.init.normal_(parameter, std=0.3)
     engine = RolloutEngine(model, tiny.tokenizer())
-    assert engine._packed is not None
+    assert engine._runner._packed is not None
     if merged:
         model.merge_adapter()
         engine.update_weights()

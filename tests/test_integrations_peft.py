@@ -78,7 +78,7 @@ def test_the_reference_is_the_base_without_the_adapter(trained: GPOTrainer) -> N
 
 def test_rollouts_come_from_the_adapted_model(trained: GPOTrainer) -> None:
     trained._update_engine()
-    assert trained.engine._packed is not None, "the fast forward pass knows the adapter"
+    assert trained.engine._runner._packed is not None, "the fast forward pass knows the adapter"
     requests = [Request([3 + i, 5, 7], 2, SamplingParams(max_tokens=20), seed=i) for i in range(4)]
     for completion in trained.engine.generate(requests):
         ids = torch.tensor([[*completion.prompt_token_ids, *completion.token_ids]])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from gpo_fast.losses import linear_logprob, linear_policy_loss
+from gpo_fast.losses import linear_logprob, linear_policy_loss, linear_preference_loss
 
 ROWS, WIDTH, VOCAB, RANK = 30, 20, 90, 3
 SPLIT = 40  # the shards are of different sizes
@@ -70,12 +70,33 @@ def policy_outcome(part: slice, group: dist.ProcessGroup | None) -> dict[str, Te
     return {"loss": output.loss.detach(), "hidden": hidden.grad}
 
 
+def preference_outcome(
+    loss_type: str, part: slice, trainable: bool, group: dist.ProcessGroup | None
+) -> dict[str, Tensor]:
+    """Three pairs of sequences of up to five tokens."""
+    inputs = random_inputs()
+    hidden = inputs["hidden"].reshape(6, 5, WIDTH).requires_grad_()
+    weight = inputs["weight"][part].clone().requires_grad_(trainable)
+    targets = torch.arange(0, 3 * ROWS, 3).reshape(6, 5)  # of both shards
+    targets[1, 2:] = targets[3, 4:] = -100
+    options: dict = {} if group is None else {"tp_group": group, "vocab_start": part.start}
+    if loss_type == "dpo":
+        options["ref_logprobs"] = -4 + inputs["grad_entropy"].reshape(6, 5)
+    output = linear_preference_loss(hidden, weight, targets, loss_type=loss_type, beta=0.3, **options)
+    output.loss.backward()
+    gradients = {"hidden": hidden.grad, "weight": weight.grad} if trainable else {"hidden": hidden.grad}
+    return {"loss": output.loss.detach(), **gradients}
+
+
 def run_shard(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
     part = slice(0, SPLIT) if rank == 0 else slice(SPLIT, VOCAB)
     results = {str(trainable): outcome(part, trainable, dist.group.WORLD) for trainable in (False, True)}
     results["policy"] = policy_outcome(part, dist.group.WORLD)
+    for loss_type in ("dpo", "orpo"):
+        for trainable in (False, True):
+            results[f"{loss_type} {trainable}"] = preference_outcome(loss_type, part, trainable, dist.group.WORLD)
     torch.save(results, os.path.join(directory, f"{rank}.pt"))
     dist.destroy_process_group()
 
@@ -106,6 +127,21 @@ def test_a_policy_loss_over_two_processes(shards: list[dict[str, dict[str, Tenso
     for name, exact in policy_outcome(slice(0, VOCAB), None).items():
         for shard in shards:
             torch.testing.assert_close(shard["policy"][name], exact, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("loss_type", ["dpo", "orpo"])
+def test_a_preference_loss_over_two_processes(
+    shards: list[dict[str, dict[str, Tensor]]], loss_type: str, trainable: bool
+) -> None:
+    whole = preference_outcome(loss_type, slice(0, VOCAB), trainable, None)
+    first, second = (shard[f"{loss_type} {trainable}"] for shard in shards)
+    for name, exact in whole.items():
+        if name == "weight":
+            torch.testing.assert_close(torch.cat([first[name], second[name]]), exact, rtol=1e-10, atol=1e-12)
+        else:
+            torch.testing.assert_close(first[name], exact, rtol=1e-10, atol=1e-12)
+            assert torch.equal(first[name], second[name])
 
 
 def test_vocab_start_needs_a_group() -> None:

@@ -123,9 +123,9 @@ def test_policy_losses_equal_liger(loss_type: str) -> None:
 class Pairs:
     """BATCH sequences, the first half chosen, with a reference model of its own."""
 
-    def __init__(self) -> None:
-        self.case = Case(torch.float32)
-        self.ref_hidden = torch.randn(BATCH, LENGTH, WIDTH)
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.case = Case(dtype)
+        self.ref_hidden = torch.randn(BATCH, LENGTH, WIDTH, dtype=dtype)
         self.ref, _ = self.case.logprobs(self.ref_hidden, self.case.weight)
 
     def ours(self, loss_type: str, **options) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +138,7 @@ class Pairs:
 @pytest.mark.parametrize("loss_type", ["dpo", "kto", "simpo", "orpo"])
 def test_preference_losses_equal_liger(loss_type: str) -> None:
     liger = pytest.importorskip("liger_kernel.chunked_loss")
-    pairs = Pairs()
+    pairs = Pairs(torch.float32)
     hidden, weight = pairs.case.hidden.clone().requires_grad_(), pairs.case.weight.clone().requires_grad_()
     targets, reference = pairs.case.targets, {"ref_input": pairs.ref_hidden, "ref_weight": pairs.case.weight}
     if loss_type == "dpo":
@@ -161,3 +161,68 @@ def test_preference_losses_equal_liger(loss_type: str) -> None:
     loss.backward()
     for value, exact in zip(results, (loss, hidden.grad, weight.grad)):
         assert relative_error(value, exact) < 1e-5
+
+
+def trl_preference_loss(trainer_class: type, pairs: Pairs, hidden: Tensor, weight: Tensor, inputs: dict, **attributes):
+    """The trainer's `_compute_loss`, whose model is one that gives the log-probabilities of the case."""
+    case = pairs.case
+    logprobs, entropy = case.logprobs(hidden, weight)
+    for_metrics = {"mean_logits": torch.zeros_like(logprobs), "is_top1": torch.zeros_like(case.mask)}
+    outputs = SimpleNamespace(log_probs=logprobs, entropy=entropy, **for_metrics)
+    single = SimpleNamespace(device="cpu", gather=lambda value: value, gather_for_metrics=lambda value: value)
+    trainer = SimpleNamespace(
+        beta=0.3, precompute_ref_logps=True, aux_loss_enabled=False, model=SimpleNamespace(training=True),
+        accelerator=single, _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0, _tp_size=1,
+        **attributes,
+    )  # fmt: skip
+    # A prompt of one token: the first one has no log-probability.
+    prompt = torch.zeros(BATCH, 1, dtype=torch.int64)
+    inputs = {
+        "input_ids": torch.cat([prompt, case.targets.clamp(min=0)], 1),
+        "attention_mask": torch.cat([prompt + 1, case.mask.long()], 1),
+        "completion_mask": torch.cat([prompt, case.mask.long()], 1),
+        **inputs,
+    }
+    return trainer_class._compute_loss(trainer, lambda **options: outputs, inputs, return_outputs=False)
+
+
+def test_dpo_equals_trl() -> None:
+    pytest.importorskip("trl")
+    from trl import DPOTrainer
+
+    pairs = Pairs(torch.float64)
+    hidden, weight = pairs.case.hidden.clone().requires_grad_(), pairs.case.weight.clone().requires_grad_()
+    chosen, rejected = pairs.ref.sum(1).chunk(2)
+    loss = trl_preference_loss(
+        DPOTrainer, pairs, hidden, weight, {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected},
+        loss_types=["sigmoid"], loss_weights=[1.0], f_divergence_type="reverse_kl", ld_alpha=None, use_weighting=False,
+    )  # fmt: skip
+    loss.backward()
+    for value, exact in zip(pairs.ours("dpo", beta=0.3, ref_logprobs=pairs.ref), (loss, hidden.grad, weight.grad)):
+        assert relative_error(value, exact) < 1e-12
+
+
+@pytest.mark.parametrize("estimate", [0.7, -0.7])
+def test_kto_equals_trl(estimate: float) -> None:
+    """TRL's baseline is the mean log-ratio of other completions, but at least 0; ours is an argument."""
+    pytest.importorskip("trl")
+    from trl import KTOTrainer
+
+    pairs = Pairs(torch.float64)
+    hidden, weight = pairs.case.hidden.clone().requires_grad_(), pairs.case.weight.clone().requires_grad_()
+    desirable = torch.tensor([True, False, False, True])
+    others, ref_of_others = torch.randn(2, BATCH, dtype=torch.float64)
+    others += estimate - (others - ref_of_others).mean()
+    loss = trl_preference_loss(
+        KTOTrainer, pairs, hidden, weight,
+        {"label": desirable, "ref_logps": pairs.ref.sum(1), "ref_KL_logps": ref_of_others},
+        loss_type="kto", calculate_KL=True, desirable_weight=1.3, undesirable_weight=0.8,
+        _compute_kl_logps=lambda model, batch: others,
+    )  # fmt: skip
+    loss.backward()
+    results = pairs.ours(
+        "kto", beta=0.3, ref_logprobs=pairs.ref, desirable=desirable, reference_kl=max(estimate, 0.0),
+        desirable_weight=1.3, undesirable_weight=0.8,
+    )  # fmt: skip
+    for value, exact in zip(results, (loss, hidden.grad, weight.grad)):
+        assert relative_error(value, exact) < 1e-12

@@ -331,22 +331,60 @@ def test_overflowing_ratios_and_huge_advantages_stay_finite(loss_type: str) -> N
     assert torch.isfinite(hidden.grad).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("loss_type", [name for name in ALL_TYPES if name != "awr"])
-def test_advantages_of_zero_give_no_gradient(loss_type: str) -> None:
-    case = Case()
-    hidden = case.hidden.clone().requires_grad_()
+def test_advantages_of_zero_give_no_gradient(loss_type: str, trainable: bool, dtype: torch.dtype) -> None:
+    case = Case(dtype)
+    leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_(trainable)]
     output = linear_policy_loss(
-        hidden,
-        case.weight,
+        *leaves,
         case.targets,
         loss_type=loss_type,
-        advantages=torch.zeros(BATCH, dtype=torch.float64),
+        advantages=torch.zeros(BATCH),
         old_logprobs=case.old,
         **options(loss_type),
     )
     output.loss.backward()
     assert output.loss == 0
-    assert hidden.grad.abs().max() == 0
+    assert all(leaf.grad.abs().max() == 0 for leaf in leaves if leaf.requires_grad)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("loss_type", [name for name in ALL_TYPES if name != "awr"])
+def test_advantages_of_zero_leave_the_kl_and_entropy_terms(loss_type: str, trainable: bool) -> None:
+    """Means over tokens as the policy term's are, of the entropy always over the tokens of the batch."""
+    case = Case()
+    leaves = [case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(trainable)]
+    output = linear_policy_loss(
+        *leaves,
+        case.targets,
+        loss_type=loss_type,
+        advantages=torch.zeros(BATCH, dtype=torch.float64),
+        old_logprobs=case.old,
+        ref_logprobs=case.ref,
+        beta=0.05,
+        entropy_coef=0.3,
+        **options(loss_type),
+    )
+    output.loss.backward()
+    exact = [leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in leaves]
+    logprobs, entropy = case.logprobs(*exact)
+    difference = case.ref - logprobs
+    divergence = (difference.exp() - difference - 1) * case.mask
+    lengths = case.mask.sum(1)
+    if loss_type in ("ppo", "bnpo", "dapo", "cispo"):
+        divergence = divergence.sum() / lengths.sum()
+    elif loss_type == "dr_grpo":
+        divergence = divergence.sum() / (BATCH * MAX_LENGTH)
+    else:
+        divergence = (divergence.sum(1) / lengths).mean()
+    loss = 0.05 * divergence - 0.3 * entropy.sum() / lengths.sum()
+    loss.backward()
+    assert relative_error(output.loss, loss) < 1e-12
+    for leaf, reference in zip(leaves, exact):
+        if reference.requires_grad:
+            assert relative_error(leaf.grad, reference.grad) < 1e-12
 
 
 @pytest.mark.parametrize("loss_type", ALL_TYPES)

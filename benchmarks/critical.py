@@ -342,8 +342,11 @@ def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
     what, ratios = result["tables"][0]["title"], result["tables"][1]["rows"]
     options = result["arguments"]
     command = f"critical.py --trajectories {options['trajectories']} --repeats {options['repeats']}"
-    ways = {name: (text, row[-1]) for row in result["tables"][0]["rows"] for name, text in [row[0].split(" ", 1)]}
-    named = {name: text + (f" ({hits} found)" if hits else "") for name, (text, hits) in ways.items()}
+    named = {}
+    for row in result["tables"][0]["rows"]:
+        name, text = row[0].split(" ", 1)
+        hits = row[4] if len(row) > 4 else ""  # older results do not have them
+        named[name] = text + (f" ({hits} found)" if hits else "")
     rows = []
     for pair, ratio, goal in ratios:
         slow, fast = (named[way] for way in pair.split(" over "))

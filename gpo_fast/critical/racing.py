@@ -19,8 +19,8 @@ import numpy as np
 
 from gpo_fast.critical.search import Choice, Round, Search, SearchProblem
 
-FIRST_ROUND = 8  # each round waits for its longest continuation, so few large ones cost less time than many small ones
-GROWTH = 0.5  # a round's continuations as a share of all before it, so that their number grows like a logarithm
+FIRST_ROUND = 4
+GROWTH = 0.25  # a round's continuations as a share of all before it, so that their number grows like a logarithm
 
 
 class RacingSearch(Search):

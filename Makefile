@@ -15,8 +15,9 @@ DOCS_BUILD := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --qui
 demo: $(VENV)/.installed
 	$(BIN)/gpo-fast demo $(DEMO_ARGS)
 
+# Two processes, a test file in one of them.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -2,13 +2,14 @@
 
     python benchmarks/loop.py gain                 # GRPO, GPO, random resets: two tasks, five seeds, equal time
     python benchmarks/loop.py gain --only-report   # tables and plot of what is finished
-    python benchmarks/loop.py plane                # where targeted resets win: difficulty x length x pivotal or even
+    python benchmarks/loop.py plane                # where resets can win: difficulty x length x pivotal or even
     python benchmarks/loop.py price --only gpo     # seconds of an iteration, SmolLM2-135M (a row alone)
 
-`gain` and `plane` train models of 0.4M parameters from scratch: SmolLM2 is too slow on a CPU for five seeds. Each
-(task, algorithm, seed) is one line of the study's file; a study that was killed goes on, and two processes with
-different --seeds may work on one file. An algorithm may have settings of GPOConfig behind it, as in
-`--algorithms grpo gpo:criterion=max,num_resets=4`; `dpo gpo-dpo` compares those two.
+`gain` trains models of 0.4M parameters from scratch: SmolLM2 is too slow on a CPU for five seeds. Each (task,
+algorithm, seed) is one line of the study's file; a study that was killed goes on, and two processes with different
+--seeds may work on one file. An algorithm may have settings of GPOConfig behind it, as in
+`--algorithms grpo gpo:criterion=max,num_resets=4`; `dpo gpo-dpo` compares those two. `plane` trains nothing: it
+computes the progress that a token buys (see loop_plane.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from gpo_fast.bench import loop_price
+from gpo_fast.bench import loop_plane, loop_price
 from gpo_fast.bench.common import add_common, finish
 from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
 from gpo_fast.bench.loop_price import HEADLINE, ROWS
@@ -28,8 +29,6 @@ from gpo_fast.bench.loop_study import plot, studies
 from gpo_fast.bench.loop_tasks import Task
 
 from gpo_fast.run_files import read_records
-
-LENGTHS, STARTS = (4, 8, 16), (0.05, 0.3)
 
 
 def main() -> None:
@@ -39,10 +38,14 @@ def main() -> None:
     gain.add_argument("--tasks", nargs="+", default=["chain_sum", "basic_arithmetic"])
     gain.add_argument("--steps", type=int, default=6, help="length of a solution in lines")
     gain.add_argument("--start", type=float, default=0.3, help="solve rate at which the warm-up ends")
-    gain.add_argument("--pivotal", action="store_true", help="one hard step (task modular)")
-    plane = commands.add_parser("plane", help="a grid of difficulty, length, pivotal or even")
-    plane.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    plane.add_argument("--starts", type=float, nargs="+", default=STARTS)
+    gain.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "gpo-uniform", "random"])
+    gain.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    gain.add_argument("--seconds", type=float, default=60.0, help="training time of each run")
+    gain.add_argument("--folder", type=Path, default=Path("runs/gain"))
+    plane = commands.add_parser("plane", help="progress per token over difficulty, length, pivotal or even")
+    plane.add_argument("--prompts", type=int, default=2000, help="drawn in each cell")
+    plane.add_argument("--price", type=float, default=1.0, help="of training on a token; sampling one costs 1")
+    plane.add_argument("--hit", type=float, default=0.9, help="how often a proposal names the right step")
     price = commands.add_parser("price", help="seconds of an iteration")
     price.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(map(repr, ROWS))}")
     price.add_argument("--ablation", action="store_true", help="also GPO with each of its parts switched off")
@@ -51,42 +54,27 @@ def main() -> None:
     price.add_argument("--folder", type=Path, default=Path("runs/price"))
     for command in (gain, plane, price):
         add_common(command)
+    for command in (gain, price):
         command.add_argument("--only-report", action="store_true", help="run nothing")
-    for command, seeds, seconds in ((gain, range(5), 60.0), (plane, range(1), 30.0)):
-        command.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "gpo-uniform", "random"])
-        command.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
-        command.add_argument("--seconds", type=float, default=seconds, help="training time of each run")
-        command.add_argument("--folder", type=Path, default=Path(f"runs/{command.prog.split()[-1]}"))
     arguments = arguments_of.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if arguments.command == "price":
-        prices(arguments)
-    else:
-        study(arguments, gain_trials(arguments) if arguments.command == "gain" else plane_trials(arguments))
+    {"gain": study, "plane": progress_plane, "price": prices}[arguments.command](arguments)
 
 
 def gain_trials(arguments: argparse.Namespace) -> list[Trial]:
     """Seed by seed, so that a study that is cut off has as many whole seeds as possible."""
-    tasks = [Task(name, arguments.steps, arguments.pivotal) for name in arguments.tasks]
+    tasks = [Task(name, arguments.steps) for name in arguments.tasks]
     return [
         Trial(task, algorithm, seed, arguments.start, arguments.seconds)
         for seed, task, algorithm in product(arguments.seeds, tasks, arguments.algorithms)
     ]
 
 
-def plane_trials(arguments: argparse.Namespace) -> list[Trial]:
-    grid = product(arguments.seeds, arguments.lengths, arguments.starts, (False, True), arguments.algorithms)
-    return [
-        Trial(Task("modular", steps, pivotal), algorithm, seed, start, arguments.seconds)
-        for seed, steps, start, pivotal, algorithm in grid
-    ]
-
-
-def study(arguments: argparse.Namespace, trials: list[Trial]) -> None:
+def study(arguments: argparse.Namespace) -> None:
     """Runs what is not finished, then reports all that is in the study's file."""
     path = arguments.folder / "study.jsonl"
-    for trial in [] if arguments.only_report else trials:
+    for trial in [] if arguments.only_report else gain_trials(arguments):
         if not is_finished(trial, read_records(path)):
             record = run(trial, arguments.folder)
             append(path, record)
@@ -98,6 +86,13 @@ def study(arguments: argparse.Namespace, trials: list[Trial]) -> None:
     found = studies(records)
     plot(found, arguments.folder / "study.png")
     finish(arguments, [s.table() for s in found], {"records": records})
+
+
+def progress_plane(arguments: argparse.Namespace) -> None:
+    """Computes every cell."""
+    prompts = 50 if arguments.quick else arguments.prompts
+    records = loop_plane.measure(prompts, arguments.price, arguments.hit)
+    finish(arguments, [loop_plane.table(records)], {"records": records})
 
 
 def prices(arguments: argparse.Namespace) -> None:

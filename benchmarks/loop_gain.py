@@ -8,6 +8,7 @@ problems and samples) and share every setting that they do not name themselves.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -39,7 +40,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "gpo-dpo": {"loss_type": "dpo", "estimator": "racing"},
 }
 TRAIN_SEED, HELD_OUT_SEED, WARMUP_SEED = 11, 7_000_003, 29
-LESSONS, WARMUP_BATCH, WARMUP_CHECK = 8192, 64, 20  # the latter: steps between two measurements of the solve rate
+LESSONS, WARMUP_BATCH, WARMUP_CHECK = 8192, 64, 5  # the latter: steps between two measurements of the solve rate
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def warm_start(trial: Trial, folder: Path, max_steps: int = 5000) -> Path:
         RuntimeError: it does not get there.
     """
     task = trial.task
-    name = f"{task.name}-{task.steps}{'-pivotal' if task.pivotal else ''}-{trial.start:g}"
+    name = f"{task.name}-{task.steps}-{trial.start:g}"
     target = folder / "warm" / name
     if target.is_dir():
         return target
@@ -222,10 +223,12 @@ def warm_start(trial: Trial, folder: Path, max_steps: int = 5000) -> Path:
             f"{task.label}: {rate:.0%} are solved after {max_steps} steps of warm-up, not {trial.start:.0%}"
         )
     print(f"warm-up of {name}: {rate:.1%} solved after {step} steps", flush=True)
-    temporary = target.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    temporary.rename(target)
+    own = target.with_name(f"{name}.{os.getpid()}")
+    model.save_pretrained(own)
+    if target.is_dir():  # another process was faster, with the same weights
+        shutil.rmtree(own)
+    else:
+        own.rename(target)
     return target
 
 

@@ -5,8 +5,10 @@ batches with the longest prefixes together, padded training batches, full-vocabu
 shares prompts, rewards, adapters, sizes and Python around it with ours.
 
 The reward is 1 where a text has more of a letter than the first texts had on average, so groups are mixed and the
-model need not know anything; every group's worst trajectory is searched, so the numbers of rollouts are the same from
-iteration to iteration. The base algorithm samples as many rollouts as GPO trains on.
+model need not know anything. Every group's worst trajectory is searched, and no text ends before its limit (the end
+token is one that the model never draws), so each search has the same number of steps. The numbers of completions,
+samples and resets are the defaults of GPOConfig, of completions TRL's as well. The base algorithm samples as many
+rollouts as GPO may train on.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from gpo_fast.run_files import read_records
 from gpo_fast.training_batch import TrainingBatch
 
 LETTER = "e"
+NEVER_DRAWN = "<issue_start>"  # a token of SmolLM2's that its training left untouched
 STEP_TOKENS = 8
 BASE, PLAIN, UNIFORM, OURS, TRL = "GRPO", "plain GPO", "GPO, uniform", "GPO", "TRL GRPO"
 
@@ -58,8 +61,8 @@ class Size:
 # The type in which each row is fast here: where a CPU emulates bfloat16, all would be slower in it.
 CPU_TYPE = "float32" if _C.linear_logprob_kernels() == "none" else "bfloat16"
 SIZES = {
-    "cpu": Size("smollm2", "cpu", CPU_TYPE, 4, 4, 4, 4, 48),
-    "cuda": Size("qwen3-0.6b", "cuda", "bfloat16", 16, 8, 8, 4, 256),
+    "cpu": Size("smollm2", "cpu", CPU_TYPE, 4, 8, 4, 4, 48),
+    "cuda": Size("qwen3-0.6b", "cuda", "bfloat16", 16, 8, 4, 4, 256),
     "quick": Size("smollm2", "cpu", CPU_TYPE, 1, 2, 2, 2, 16),
 }
 
@@ -187,11 +190,13 @@ class StepClock(TrainerCallback):
 
 def measure(row: str, size: Size, repeats: int) -> dict[str, Any]:
     """The record of one row: seconds of `repeats` iterations after one that is not counted."""
-    model, tokenizer = load(size.model, getattr(torch, size.dtype), size.device)
+    model, _ = load(size.model, getattr(torch, size.dtype), size.device)
+    tokenizer = _endless_tokenizer()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     clock = StepClock()
     with TemporaryDirectory() as folder:
         build = trl_trainer if row == TRL else partial(our_trainer, WAYS[row])
-        trainer = build(model, tokenizer or _demo_tokenizer(), size, Path(folder), repeats + 1, clock)
+        trainer = build(model, tokenizer, size, Path(folder), repeats + 1, clock)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         history = read_records(Path(folder) / "metrics.jsonl")[1:]
@@ -289,11 +294,13 @@ def _lora() -> LoraConfig:
     return LoraConfig(r=32, lora_alpha=64, target_modules=ADAPTED, lora_dropout=0.0)
 
 
-def _demo_tokenizer() -> Any:
-    """For random weights any tokenizer will do whose tokens they know."""
+def _endless_tokenizer() -> Any:
+    """The demo's; for random weights any will do whose tokens they know."""
     from gpo_fast.demo.model import load_demo_model
 
-    return load_demo_model()[1]
+    tokenizer = load_demo_model()[1]
+    tokenizer.eos_token = NEVER_DRAWN
+    return tokenizer
 
 
 # -- the report ---------------------------------------------------------------------------------------------------

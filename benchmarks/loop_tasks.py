@@ -1,14 +1,12 @@
 """Tasks for the loop benchmark that a tiny model can learn on one core, solved line by line, a line a step.
 
-`chain_sum` and `basic_arithmetic` are reasoning_gym's with one-digit numbers; `modular` is ours, so that how hard each
-step is can be chosen. A character is a token.
+`chain_sum` and `basic_arithmetic` are reasoning_gym's with one-digit numbers. A character is a token.
 """
 
 from __future__ import annotations
 
 import ast
 import operator
-import random
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ OPERATORS: dict[type[ast.operator], tuple[str, Callable[[int, int], int]]] = {
     ast.Sub: ("-", operator.sub),
     ast.Mult: ("*", operator.mul),
 }
-ALPHABET = string.digits + "+-*#()=\n"
+ALPHABET = string.digits + "+-*()=\n"
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -40,25 +38,20 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Task:
-    """`name` with solutions of `steps` lines.
-
-    `pivotal` is for `modular`: one step of a chain, at a random place, is hard and all others are easy; otherwise all
-    are hard. The easy operation adds modulo 10; the hard one is a random table of 100 entries, learnt by heart.
-    """
+    """`name` with solutions of `steps` lines."""
 
     name: str
     steps: int
-    pivotal: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in SOURCES:
             raise ValueError(f"unknown task {self.name!r}: use one of {', '.join(SOURCES)}")
-        if self.steps < 2 or (self.pivotal and self.name != "modular"):
-            raise ValueError(f"a task needs at least 2 steps, and only 'modular' can be pivotal, got {self}")
+        if self.steps < 2:
+            raise ValueError(f"a task needs at least 2 steps, got {self.steps}")
 
     @property
     def label(self) -> str:
-        return f"{self.name}, {self.steps} steps" + (", one of them hard" if self.pivotal else "")
+        return f"{self.name}, {self.steps} steps"
 
     @property
     def max_tokens(self) -> int:
@@ -71,8 +64,7 @@ class Task:
 
 
 def solved(completions: list[Any], solution: list[str], **_: Any) -> list[float]:
-    """1 where every line is right. The last number alone may be guessed, and a policy that rarely succeeds learns to
-    guess: one digit in ten of `modular` is right by chance."""
+    """1 where every line is right: the last number alone may be guessed."""
     return [float(c.strip() == s) for c, s in zip(completions, solution)]
 
 
@@ -120,32 +112,11 @@ def operation_lines(expression: str) -> str:
     return "\n".join(lines)
 
 
-def modular(task: Task, count: int, seed: int) -> list[Row]:
-    """Chains of digits: 3#4 is the table's entry, 3+4 addition modulo 10."""
-    draw = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        hard = {draw.randrange(task.steps)} if task.pivotal else set(range(task.steps))
-        digit = draw.randrange(10)
-        expression, lines = str(digit), []
-        for step in range(task.steps):
-            operand, sign = draw.randrange(10), "#" if step in hard else "+"
-            after = TABLE[digit][operand] if step in hard else (digit + operand) % 10
-            expression += f"{sign}{operand}"
-            lines.append(f"{digit}{sign}{operand}={after}")
-            digit = after
-        rows.append(_row(expression, "\n".join(lines)))
-    return rows
-
-
 def _row(expression: str, lines: str) -> Row:
     return {"prompt": expression + "=\n", "solution": lines}
 
 
-_draw = random.Random("the hard operation")
-TABLE = [[_draw.randrange(10) for _ in range(10)] for _ in range(10)]
 SOURCES: dict[str, Callable[[Task, int, int], list[Row]]] = {
     "chain_sum": chain_sum,
     "basic_arithmetic": basic_arithmetic,
-    "modular": modular,
 }

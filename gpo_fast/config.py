@@ -81,7 +81,9 @@ class GPOConfig(TrainingArguments):
     num_samples: int = _option(4, "Monte Carlo continuations per step in the search for the critical step.")
     criterion: str = _option("max", "Critical step: largest gain (max), fall (min) or change (abs).")
     estimator: str = _option(
-        "racing", "Search by racing, uniform (the paper's) or bisect (a heuristic); random is none."
+        "racing",
+        "Search by racing, uniform (the paper's) or bisect (a heuristic). No search: the step that the proposal scores "
+        "highest (proposal), or any (random).",
     )
     delta: float = _option(0.1, "Racing stops when another step is better with at most this probability.")
     proposal: Any = _option(None, "Order of the search by logprob, entropy, gradient or a function; off if not set.")
@@ -89,11 +91,16 @@ class GPOConfig(TrainingArguments):
     num_resets: int = _option(4, "Rollouts from each critical step to train on.")
     search: Any = _option(
         "mixed",
-        "Searched: the worst trajectory of each group with mixed outcomes (mixed), all, or a module's function.",
+        "Searched: the worst trajectory of each group with mixed outcomes (mixed) or of every group (worst), all "
+        "trajectories (all), or a module's function.",
     )
     max_searches: int | None = _option(None, "At most so many trajectories are searched per iteration.")
     search_budget: float | None = _option(None, "Most tokens of all searches, as a share of the base rollouts'.")
-    reuse: str = _option("none", "The search's samples that are the first of a step's resets: none, split or all.")
+    reuse: str = _option(
+        "none",
+        "The search's samples that are the first of a step's resets: none, split or all. Unless none, a critical step "
+        "at the prompt gets no resets: the group's own rollouts start there, and are trained on.",
+    )
     step_splitter: Any = _option("newline", f"What a step is: {', '.join(METHODS)}, or a function.")
     step_pattern: str | None = _option(None, "Regular expression of the end of a step, for the splitter regex.")
     min_step_tokens: int = _option(4, "A shorter step is merged with its neighbour.")
@@ -159,12 +166,12 @@ class GPOConfig(TrainingArguments):
         one_of("loss_type", self.loss_type, LOSS_TYPES)
         one_of("criterion", self.criterion, ("max", "min", "abs"))
         one_of("reset", self.reset, ("before", "after"))
-        one_of("estimator", self.estimator, ("uniform", "racing", "bisect", "random"))
+        one_of("estimator", self.estimator, ("uniform", "racing", "bisect", "random", "proposal"))
         one_of("reuse", self.reuse, ("none", "split", "all"))
         if not callable(self.step_splitter):
             one_of("step_splitter", self.step_splitter, METHODS)
         if not callable(self.search):
-            one_of("search", self.search, ("mixed", "all"))
+            one_of("search", self.search, ("mixed", "worst", "all"))
         if self.proposal is not None and not callable(self.proposal):
             one_of("proposal", self.proposal, ("logprob", "entropy", "gradient"))
         one_of("packing", self.packing, ("tree", "padded"))

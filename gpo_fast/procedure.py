@@ -300,14 +300,15 @@ class GuidedSampler:
     ) -> list[list[TrainingRow]]:
         """`num_resets` rollouts from each critical step, as groups of training rows.
 
-        What the search lets be reused comes first; only what is missing is sampled.
+        What the search lets be reused comes first; only what is missing is sampled. The group's own rollouts are
+        samples of the prompt's state, and trained on already.
         """
         requests, owner = [], []
         for n, s in enumerate(searched):
             assert s.critical is not None
             s.reused = s.critical.reusable[: self.config.num_resets]
             missing = self.config.num_resets - len(s.reused)
-            if missing == 0:
+            if missing == 0 or self._has_resets(s.critical):
                 continue
             owner.append(n)
             requests.append(
@@ -329,6 +330,10 @@ class GuidedSampler:
             s.resets.append(completion)
             s.reset_rewards.append(reward)
         return [group for s in searched if len(group := self._reset_group(s, forest)) > 1]
+
+    def _has_resets(self, critical: CriticalStep) -> bool:
+        """Whether the group's own rollouts start at the critical step, so that reuse leaves nothing to sample."""
+        return self.config.reuse != "none" and critical.token_position == 0 and not self.config.learns_from_pairs
 
     def _reset_group(self, s: _Searched, forest: TokenForest) -> list[TrainingRow]:
         """The rows of one critical step."""
@@ -453,4 +458,4 @@ def search_all(rewards: np.ndarray) -> list[int]:
 
 def _search_rule(search: Any) -> Callable[[np.ndarray], Sequence[int]]:
     """The rule of a name, or the function itself: rewards (groups, n) -> places of trajectories, row by row."""
-    return search if callable(search) else {"mixed": search_mixed, "all": search_all}[search]
+    return search if callable(search) else {"mixed": search_mixed, "worst": search_worst, "all": search_all}[search]

@@ -15,7 +15,7 @@ from gpo_fast.bench.common import mean_interval
 from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
 from gpo_fast.bench.loop_price import FullVocabularyTrainer, PlainEngine, Size, StepClock, Way, our_trainer
 from gpo_fast.bench.loop_study import Study, studies
-from gpo_fast.bench.loop_tasks import TABLE, Task, character_tokenizer, solved
+from gpo_fast.bench.loop_tasks import Task, character_tokenizer, solved
 from gpo_fast.bench.readme import README, table, with_table
 from gpo_fast.bench.suite import SUITE, command, compare
 from typer.testing import CliRunner
@@ -41,23 +41,16 @@ def test_solutions_have_a_line_for_each_step_and_end_at_the_value(name: str) -> 
     assert not any(solved([text.rpartition("\n")[2] for text in solutions], solutions))  # the last line alone
 
 
-@pytest.mark.parametrize(("pivotal", "hard"), [(True, 1), (False, 7)])
-def test_modular_chains_have_the_hard_steps_they_say(pivotal: bool, hard: int) -> None:
-    for row in Task("modular", 7, pivotal).rows(50, seed=1):
-        lines = row["solution"].split("\n")
-        assert (len(lines), row["prompt"].count("#")) == (7, hard)
-        for line in lines:
-            digit, operand, after = int(line[0]), int(line[2]), int(line[4])
-            assert after == (TABLE[digit][operand] if line[1] == "#" else (digit + operand) % 10)
-    with pytest.raises(ValueError, match="only 'modular' can be pivotal"):
-        Task("chain_sum", 4, pivotal=True)
+def test_bad_tasks_are_named() -> None:
+    with pytest.raises(ValueError, match="at least 2 steps, got 1"):
+        Task("chain_sum", 1)
     with pytest.raises(ValueError, match="unknown task 'sums'"):
         Task("sums", 4)
 
 
 def test_the_tokenizer_loses_no_character() -> None:
     tokenizer = character_tokenizer()
-    text = "(-9--1*-2)+7#3=\n-1*-2=2"
+    text = "(-9--1*-2)+7+3=\n-1*-2=2"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
@@ -74,7 +67,7 @@ def record(algorithm: str, seed: int, accuracies: list[float], tokens: float = 1
         {"seconds": float(i), "steps": 2 * i, "tokens": tokens * i, "rollouts": i, "accuracy": a}
         for i, a in enumerate(accuracies)
     ]
-    shared = {"task": {"name": "modular", "steps": 4, "pivotal": False}, "start": 0.1, "evaluations": 4}
+    shared = {"task": {"name": "chain_sum", "steps": 4}, "start": 0.1, "evaluations": 4}
     return {
         **shared,
         "algorithm": algorithm,
@@ -103,12 +96,12 @@ def test_a_study_compares_at_equal_time_tokens_and_steps() -> None:
 
 
 def test_a_run_is_recorded_once_and_its_clock_leaves_evaluation_out(tmp_path: Path) -> None:
-    trial = Trial(Task("modular", 2), "gpo:num_resets=2,learning_rate=1e-3", 0, start=0.0, seconds=0.5, evaluations=2)
+    trial = Trial(Task("chain_sum", 2), "gpo:num_resets=2,learning_rate=1e-3", 0, start=0.0, seconds=0.5, evaluations=2)
     assert trial.changes == {"estimator": "racing", "reuse": "all", "num_resets": 2, "learning_rate": 1e-3}
     result = run(trial, tmp_path)
     append(tmp_path / "study.jsonl", result)
     assert is_finished(trial, read_records(tmp_path / "study.jsonl"))
-    assert not is_finished(Trial(Task("modular", 2), "grpo", 0, 0.0, 0.5, 2), read_records(tmp_path / "study.jsonl"))
+    assert not is_finished(Trial(Task("chain_sum", 2), "grpo", 0, 0.0, 0.5, 2), read_records(tmp_path / "study.jsonl"))
     points = result["points"]
     assert [p["seconds"] for p in points] == sorted(p["seconds"] for p in points)
     assert points[0] | {"accuracy": 0} == {"seconds": 0, "steps": 0, "tokens": 0, "rollouts": 0, "accuracy": 0}
@@ -116,7 +109,7 @@ def test_a_run_is_recorded_once_and_its_clock_leaves_evaluation_out(tmp_path: Pa
     assert points[-1]["tokens"] > points[-1]["rollouts"] > 0
     json.dumps(result)
     with pytest.raises(ValueError, match="unknown algorithm 'gppo'"):
-        Trial(Task("modular", 2), "gppo", 0, 0.1, 1.0)
+        Trial(Task("chain_sum", 2), "gppo", 0, 0.1, 1.0)
 
 
 def test_the_readme_shows_the_committed_results() -> None:

@@ -358,3 +358,20 @@ def test_the_control_samples_nothing_and_resets_anywhere() -> None:
     assert (np.abs(places - expected) < 4 * math.sqrt(expected)).all()
     after = finder(exact.ChainBackend(exact.even()), estimator="random", reset="after").find(drawn)
     assert all(0 < f.reset_state < len(f.steps) for f in after)
+
+
+def test_a_proposal_alone_samples_nothing_and_takes_its_best_candidate() -> None:
+    drawn = exact.trajectories(exact.ChainBackend(exact.even()), 20, seed=0, outcome=0.0)
+
+    def scores(completions, steps):
+        return [[float(i == row % len(own)) for i in range(len(own))] for row, own in enumerate(steps)]
+
+    found = finder(exact.ChainBackend(exact.even()), estimator="proposal", proposal=scores).find(drawn)
+    assert [f.index for f in found] == [row % len(f.steps) for row, f in enumerate(found)]
+    assert {(f.num_rollouts, f.num_tokens) for f in found} == {(0, 0)}
+    after = finder(exact.ChainBackend(exact.even()), estimator="proposal", proposal=scores, reset="after").find(drawn)
+    assert all(f.index < len(f.steps) - 1 for f in after)
+    surprising = finder(exact.ChainBackend(exact.even()), estimator="proposal").find(drawn)  # by logprob
+    for completion, f in zip(drawn, surprising):
+        dips = [min(completion.logprobs[step.start : step.end]) for step in f.steps]
+        assert dips[f.index] == min(dips)

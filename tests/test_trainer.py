@@ -77,8 +77,10 @@ def test_a_run_says_what_it_did(tmp_path: Path) -> None:
     record = deterministic(tmp_path / "run")[0]
     assert record["num_searches"] == 3
     assert 0 < record["num_reused"] <= 3 * 2
-    trained = [r for r in run.sampler.collect(PROMPTS[:4], seed=1).rows if r.kind != "base"]
-    assert len(trained) == 3 * 2
+    experience = run.sampler.collect(PROMPTS[:4], seed=1)
+    trained = [r for r in experience.rows if r.kind != "base"]
+    later = sum(t["critical"] > 0 for t in experience.trajectories)
+    assert len(trained) == later * 2  # a step at the prompt has its group's rollouts
     assert any(r.kind == "search" for r in trained)
     trajectories = read_records(tmp_path / "run" / "trajectories.jsonl")
     assert all(t["steps"] and 0 <= t["critical"] < len(t["steps"]) for t in trajectories)

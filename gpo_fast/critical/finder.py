@@ -11,10 +11,10 @@ import numpy as np
 from gpo_fast.critical.bisect import BisectSearch
 from gpo_fast.critical.proposals import Proposal, named_proposal
 from gpo_fast.critical.racing import RacingSearch
-from gpo_fast.critical.random_step import RandomChoice
 from gpo_fast.critical.rounds import RoundRunner, SearchRun
 from gpo_fast.critical.search import Search, SearchProblem, UniformSearch
 from gpo_fast.critical.step import SCORES, Criterion, CriticalStep, Estimator, Reset, Reuse, mean
+from gpo_fast.critical.unsampled import ProposedChoice, RandomChoice
 from gpo_fast.rollout.types import Completion, Request, RolloutBackend, SamplingParams
 from gpo_fast.steps import Step, StepSplitter
 
@@ -25,6 +25,7 @@ _SEARCHES: dict[str, type[Search]] = {
     "racing": RacingSearch,
     "bisect": BisectSearch,
     "random": RandomChoice,
+    "proposal": ProposedChoice,
 }
 
 
@@ -42,7 +43,8 @@ class CriticalStepFinder:
         estimator: "uniform", the paper's: N continuations of every state, in one batch. "racing": samples go where
             they tell most about which step is critical, until that has the probability 1 - `delta`. "bisect": a
             heuristic for the step that lost a failing trajectory (criterion "min", reset "before"). "random": no
-            search, a step chosen by chance: the control.
+            search, a step chosen by chance: the control. "proposal": no search, the step that `proposal` scores
+            highest ("logprob" if none is given): a guess for nothing, where success is too rare to be sampled.
         reset: keep the tokens "before" the critical step (the step itself is sampled anew) or "after" it; the last
             step cannot be kept, and a trajectory of one step is always reset to its start.
         reuse: which continuations of the reset state are handed on for training as `CriticalStep.reusable`:
@@ -52,8 +54,9 @@ class CriticalStepFinder:
             continuation gets what its prefix left of it.
         delta: "racing" stops when the probability of another step being better is at most this.
         reward_range: lowest and highest reward, for the posterior; by default 0 and 1, widened by what is seen.
-        proposal: orders the search of "racing" and "bisect", never decides it: "logprob", "entropy", "gradient"
-            or a function `(completions, steps) -> scores of each trajectory's steps` (`proposals`).
+        proposal: orders the search of "racing" and "bisect", and decides only with the estimator "proposal":
+            "logprob", "entropy", "gradient" or a function `(completions, steps) -> scores of each trajectory's steps`
+            (`proposals`).
         ahead: let "racing" begin next rounds early where the engine has idle places (faster, some more tokens).
         seed: first seed of the search; every state of every trajectory has streams of its own.
 
@@ -93,7 +96,7 @@ class CriticalStepFinder:
         self.sampling = sampling or SamplingParams()
         self.delta = delta
         self.reward_range = reward_range
-        self.proposal = named_proposal(proposal, engine)
+        self.proposal = named_proposal("logprob" if proposal is None and estimator == "proposal" else proposal, engine)
         self.ahead = ahead
         self.seed = seed
 

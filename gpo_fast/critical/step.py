@@ -13,7 +13,7 @@ from gpo_fast.steps import Step
 
 Criterion = Literal["max", "abs", "min"]
 Reset = Literal["before", "after"]
-Estimator = Literal["uniform", "racing", "bisect", "random"]
+Estimator = Literal["uniform", "racing", "bisect", "random", "proposal"]
 Reuse = Literal["none", "split", "all"]
 
 SCORES: dict[str, Callable[[Any], Any]] = {"max": lambda a: a, "abs": abs, "min": lambda a: -a}

@@ -55,15 +55,17 @@ class GPOConfig(GRPOConfig):
     num_samples: int = _option(4, "Monte Carlo continuations per step in the search for the critical step.")
     criterion: str = _option("max", "Critical step: largest gain (max), fall (min) or change (abs).")
     estimator: str = _option(
-        "racing", "Search by racing, uniform (the paper's) or bisect (a heuristic); random is none."
+        "racing",
+        "Search by racing, uniform (the paper's) or bisect (a heuristic). No search: the step that the proposal scores "
+        "highest (proposal), or any (random).",
     )
     racing_delta: float = _option(0.1, "Racing stops when another step is better with at most this probability.")
     proposal: Any = _option(None, "Order of the search by logprob, entropy, gradient or a function; off if not set.")
     reset: str = _option("before", "Reset to the state before or after the critical step.")
     search: Any = _option(
         "mixed",
-        "Searched: the worst trajectory of each group with mixed outcomes (mixed), or a function that takes the "
-        "rewards (groups, n) and gives places, at most one in each group.",
+        "Searched: the worst trajectory of each group with mixed outcomes (mixed) or of every group (worst), or a "
+        "function that takes the rewards (groups, n) and gives places, at most one in each group.",
     )
     max_searches: int | None = _option(None, "At most so many trajectories are searched per batch and process.")
     search_budget: float | None = _option(None, "Most tokens of all searches, as a share of the base rollouts'.")
@@ -92,7 +94,7 @@ class GPOConfig(GRPOConfig):
             return
         check_options(self.num_samples, self.criterion, self.estimator, self.reset, self.reuse, self.racing_delta)
         if not callable(self.search):
-            one_of("search", self.search, ("mixed",))
+            one_of("search", self.search, ("mixed", "worst"))
         if not callable(self.step_splitter):
             one_of("step_splitter", self.step_splitter, METHODS)
         self.splitter()  # checks the rest

@@ -1,0 +1,188 @@
+"""Where resets can pay: progress per token over difficulty, length, and one hard step or equally hard ones.
+
+A world that can be computed without a model. A chain has `steps` steps; each is one of FACTS facts, which the policy
+gets right with a probability of its own, and a wrong step dooms the chain. An algorithm's gradient is GRPO's (the
+advantage times the score of each step, divided by the group's deviation), with respect to the facts' logits.
+
+Progress: an update g of the largest useful size gains (G.g)^2 / (2 L |g|^2), where G is the true gradient of the solve
+rate and L a bound on its curvature. Averaged over many prompts and where noise dominates |g|^2, as it does when
+success is rare, that is (G.m)^2 / (trace of S) per prompt, m and S being mean and covariance of one prompt's gradient.
+The figures are this by token, as multiples of GRPO's with 8 completions. A token counts once when it is sampled and
+`price` times when it is trained on; a group with equal rewards is not trained on.
+
+The searches are the package's own, and what they have sampled at the step is reused (`reuse="all"`). A proposal is
+modelled as one that names the right step with the probability `hit`, and otherwise any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from gpo_fast.bench.common import Table
+
+from gpo_fast.critical.bisect import BisectSearch
+from gpo_fast.critical.racing import RacingSearch
+from gpo_fast.critical.search import Search, SearchProblem, UniformSearch
+
+FACTS = 60
+EASY = 0.995  # the solve rate of an easy step where one is hard
+STEP_TOKENS = 6
+LENGTHS, RATES = (4, 8, 16, 24), (0.6, 0.3, 0.1, 0.03, 0.01)
+SEARCHES: dict[str, type[Search]] = {"uniform": UniformSearch, "racing": RacingSearch, "bisect": BisectSearch}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """An algorithm: how many completions, and where a failing one of which groups is reset, and how often."""
+
+    generations: int = 8
+    step: str = ""  # "" (no resets), a search, "random" or "proposal"
+    every_group: bool = False  # also where all completions fail
+    resets: int = 8
+    samples: int = 4
+
+
+SCHEMES = {
+    "GRPO, 8": Scheme(),
+    "GRPO, 4": Scheme(4),
+    "uniform": Scheme(step="uniform"),
+    "racing": Scheme(step="racing"),
+    "bisect": Scheme(step="bisect"),
+    "random": Scheme(step="random"),
+    "proposal": Scheme(step="proposal"),
+    "proposal, every group": Scheme(step="proposal", every_group=True),
+    "random, every group of 4": Scheme(4, "random", every_group=True),
+    "proposal, every group of 4": Scheme(4, "proposal", every_group=True),
+}
+REFERENCE = "GRPO, 8"
+
+
+class World:
+    """Chains of `steps` steps of which `rate` are solved."""
+
+    def __init__(self, steps: int, rate: float, pivotal: bool) -> None:
+        self.steps, self.rate, self.pivotal = steps, rate, pivotal
+        if pivotal:
+            hard = np.arange(FACTS) < FACTS // 2
+            self.rates = np.where(hard, rate / EASY ** (steps - 1), EASY)
+            used = np.where(hard, 1, steps - 1) / (FACTS // 2)
+        else:
+            self.rates = np.full(FACTS, rate ** (1 / steps))
+            used = np.full(FACTS, steps / FACTS)
+        self.gradient = used * rate * (1 - self.rates)  # of the solve rate, with respect to the facts' logits
+
+    def chain(self, rng: np.random.Generator) -> np.ndarray:
+        """Facts of one chain, int [steps]."""
+        if not self.pivotal:
+            return rng.integers(0, FACTS, self.steps)
+        facts = rng.integers(FACTS // 2, FACTS, self.steps)
+        facts[rng.integers(self.steps)] = rng.integers(0, FACTS // 2)
+        return facts
+
+    def outcomes(self, rng: np.random.Generator, facts: np.ndarray, n: int) -> np.ndarray:
+        """Whether each step is right, bool [n, steps]."""
+        return rng.random((n, len(facts))) < self.rates[facts]
+
+
+class Prompt:
+    """One prompt's share of an update: its gradient and its tokens."""
+
+    def __init__(self, world: World, scheme: Scheme, rng: np.random.Generator, price: float, hit: float) -> None:
+        self.world, self.scheme, self.rng, self.price, self.hit = world, scheme, rng, price, hit
+        self.gradient = np.zeros(FACTS)
+        self.tokens = 0.0
+        self.facts = world.chain(rng)
+        right = self._sample(0, scheme.generations)
+        rewards = right.all(axis=1).astype(float)
+        mixed = self._learn(0, right)
+        if scheme.step and (mixed or scheme.every_group):
+            worst = int(rewards.argmin())
+            self._reset(right[worst], float(rewards[worst]), rewards)
+
+    def _reset(self, right: np.ndarray, reward: float, rewards: np.ndarray) -> None:
+        mistake = len(right) if right.all() else int(right.argmin())  # states up to this one are not lost
+        self.samples: dict[int, list[np.ndarray]] = {}
+        state = self._choose(mistake, reward, rewards)
+        if state == 0:
+            return  # the group's own rollouts start there
+        nothing = np.empty((0, self.world.steps - state), dtype=bool)
+        reused = np.concatenate([nothing, *self.samples.get(state, [])])[: self.scheme.resets]
+        fresh = self._sample(state, self.scheme.resets - len(reused))
+        if state <= mistake:  # from a lost state all fail
+            self._learn(state, np.concatenate([reused, fresh]))
+
+    def _choose(self, mistake: int, reward: float, rewards: np.ndarray) -> int:
+        steps, step = self.world.steps, self.scheme.step
+        if step == "random":
+            return int(self.rng.integers(steps))
+        if step == "proposal":
+            right = min(mistake, steps - 1)
+            return right if self.rng.random() < self.hit else int(self.rng.integers(steps))
+        prices = [STEP_TOKENS * (steps - state) for state in range(steps)]
+        samples = [rewards.tolist(), *([] for _ in prices[1:])]
+        problem = SearchProblem(reward, samples, prices, "min", steps, self.scheme.samples, True, self.rng)
+        search = SEARCHES[step](problem)
+        while wanted := search.plan({}):
+            for state, count in wanted.items():
+                drawn = self._sample(state, count)
+                self.samples.setdefault(state, []).append(drawn)
+                problem.samples[state] += (drawn.all(axis=1) & (state <= mistake)).astype(float).tolist()
+        return search.choose().step
+
+    def _sample(self, state: int, n: int) -> np.ndarray:
+        """Whether each step of continuations from a state is right, bool [n, steps - state]."""
+        self.tokens += n * STEP_TOKENS * (self.world.steps - state)
+        return self.world.outcomes(self.rng, self.facts[state:], n)
+
+    def _learn(self, state: int, right: np.ndarray) -> bool:
+        """Adds a group's gradient; whether its rewards differ."""
+        rewards = right.all(axis=1).astype(float)
+        if rewards.std() == 0:
+            return False
+        advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+        facts = self.facts[state:]
+        scores = advantages @ (right - self.world.rates[facts])
+        np.add.at(self.gradient, facts, scores)
+        self.tokens += self.price * right.size * STEP_TOKENS
+        return True
+
+
+def progress(world: World, scheme: Scheme, prompts: int, price: float, hit: float, seed: int) -> float:
+    """Progress per token, in the module's measure, up to a factor that is the world's."""
+    rng = np.random.default_rng(seed)
+    drawn = [Prompt(world, scheme, rng, price, hit) for _ in range(prompts)]
+    gradients = np.array([p.gradient for p in drawn])
+    tokens = float(np.mean([p.tokens for p in drawn]))
+    noise = float(gradients.var(axis=0).sum())
+    return float(world.gradient @ gradients.mean(axis=0)) ** 2 / (noise * tokens) if noise else 0.0
+
+
+def cells() -> Iterator[tuple[int, float, bool]]:
+    """The plane: (steps, solve rate, one hard step)."""
+    yield from ((steps, rate, pivotal) for pivotal, steps, rate in product((False, True), LENGTHS, RATES))
+
+
+def measure(prompts: int, price: float, hit: float) -> list[dict[str, Any]]:
+    """A record of each cell: every scheme's progress per token over the reference's."""
+    records = []
+    for steps, rate, pivotal in cells():
+        world = World(steps, rate, pivotal)
+        found = {name: progress(world, scheme, prompts, price, hit, seed=0) for name, scheme in SCHEMES.items()}
+        ratios = {name: value / found[REFERENCE] for name, value in found.items()}
+        records.append({"steps": steps, "rate": rate, "pivotal": pivotal, "progress": ratios})
+        print(f"{steps} steps, {rate:.0%}{', one hard' if pivotal else ''}", flush=True)
+    return records
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """A row for each cell."""
+    names = [name for name in SCHEMES if name != REFERENCE]
+    shown = Table(f"Progress per token, {REFERENCE} = 1", ("steps", "solved", "hard steps", *names))
+    for record in records:
+        cell = (str(record["steps"]), f"{record['rate']:.0%}", "one" if record["pivotal"] else "all")
+        shown.add(*cell, *(f"{record['progress'][name]:.2f}" for name in names))
+    return shown

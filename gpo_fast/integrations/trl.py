@@ -55,9 +55,11 @@ class GPOConfig(GRPOConfig):
     num_samples: int = _option(4, "Monte Carlo continuations per step in the search for the critical step.")
     criterion: str = _option("max", "Critical step: largest gain (max), fall (min) or change (abs).")
     estimator: str = _option(
-        "racing", "Search by racing, uniform (the paper's) or bisect (a heuristic); random is none."
+        "racing", "Search by racing, uniform (the paper's), posterior or bisect (a heuristic); random is none."
     )
-    racing_delta: float = _option(0.1, "Racing stops when another step is better with at most this probability.")
+    racing_delta: float = _option(
+        0.1, "Racing stops when another step is better with at most this probability, or before."
+    )
     proposal: Any = _option(None, "Order of the search by logprob, entropy, gradient or a function; off if not set.")
     reset: str = _option("before", "Reset to the state before or after the critical step.")
     search: Any = _option(

@@ -7,7 +7,8 @@ against N, and errors among the searches that state a confidence of 1 - delta. `
 `a` to `d`: wall-clock time of searching trajectories of 8 to 16 steps with SmolLM2-135M. An outcome hangs on one
 token at a random place of the trajectory, so one step decides. Nothing ends early, so uniform searches do the same
 work:
-    (a) `model.generate`, a call for each step;   (b) all cut points in padded `generate` batches;
+    (a) `model.generate`, a call for each step (with --every K each K-th call is timed, and scaled by tokens);
+    (b) all cut points in padded `generate` batches;
     (c) uniform on our engine;                    (d) racing on our engine, with the same N;
     (e) racing with half of N as its budget.
 The hit rate says how often the step with the deciding token was found: the ways differ in that too.
@@ -99,6 +100,12 @@ def parse() -> argparse.Namespace:
     result.add_argument("--n-samples", type=int, default=4, help="N of the speed rows")
     result.add_argument("--repeats", type=int, default=3, help="of the speed rows")
     result.add_argument("--padded-rows", type=int, default=128, help="rows of a padded generate batch in (b)")
+    result.add_argument(
+        "--every",
+        type=int,
+        default=1,
+        help="run every so many-th call of (a) and scale its time by tokens",
+    )
     return result.parse_args()
 
 
@@ -233,7 +240,10 @@ class Workload:
         """Searches once; the number of sampled tokens, and of the trajectories whose deciding step was found."""
         if way in ("c", "d", "e"):
             return self.ours("uniform" if way == "c" else "racing", self.arguments.n_samples // (1 + (way == "e")))
-        (per_step if way == "a" else padded)(self.model, self.states, self.arguments)
+        if way == "a":
+            per_step(self.model, self.states[:: self.arguments.every], self.arguments)
+        else:
+            padded(self.model, self.states, self.arguments)
         return sum(self.arguments.n_samples * (self.arguments.new_tokens - cut) for _, cut in self.states), None
 
     def ours(self, estimator: Any, n_samples: int) -> tuple[int, int]:
@@ -258,7 +268,10 @@ class Workload:
 
 
 def speed(ways: list[str], arguments: argparse.Namespace, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Seconds and tokens of each way. The ways take turns; only what is not known already is run."""
+    """Seconds and tokens of each way. The ways take turns; only what is not known already is run.
+
+    With --every, (a) runs a sample of its calls. Their seconds are scaled by the tokens of all calls over theirs.
+    """
     workload = cache(lambda: Workload(arguments))
 
     def run(way: str) -> tuple[int, int | None]:
@@ -274,6 +287,9 @@ def speed(ways: list[str], arguments: argparse.Namespace, progress: Progress) ->
                 workload()  # loading is not part of the time
             last[way], spent = progress.piece(name, partial(run, way))
             seconds[way].append(spent)
+    if arguments.every > 1 and "a" in ways:
+        left = [arguments.new_tokens - cut for _, cut in workload().states]
+        seconds["a"] = [spent * sum(left) / sum(left[:: arguments.every]) for spent in seconds["a"]]
     return {
         way: {"seconds": asdict(Timing.of(seconds[way])), "tokens": last[way][0], "hits": last[way][1]} for way in ways
     }
@@ -286,7 +302,8 @@ def speed_tables(measured: dict[str, dict[str, Any]], arguments: argparse.Namesp
         timing = Timing(**row["seconds"])
         spread = f"{human(timing.low)} - {human(timing.high)}"
         hits = "" if row["hits"] is None else f"{row['hits']} of {arguments.trajectories}"
-        times.add(f"({way}) {WAYS[way]}", human(timing.median), spread, f"{row['tokens']:,}", hits)
+        sampled = f", 1 of {arguments.every} calls timed" if way == "a" and arguments.every > 1 else ""
+        times.add(f"({way}) {WAYS[way]}{sampled}", human(timing.median), spread, f"{row['tokens']:,}", hits)
     ratios = Table("How many times as long", ("ways", "ratio", "goal"))
     for (slow, fast), goal in GOALS.items():
         if slow in measured and fast in measured:
@@ -342,6 +359,8 @@ def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
     what, ratios = result["tables"][0]["title"], result["tables"][1]["rows"]
     options = result["arguments"]
     command = f"critical.py --trajectories {options['trajectories']} --repeats {options['repeats']}"
+    if int(options.get("every", 1)) > 1:
+        command += f" --every {options['every']}"
     named = {}
     for row in result["tables"][0]["rows"]:
         name, text = row[0].split(" ", 1)

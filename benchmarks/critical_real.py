@@ -2,7 +2,8 @@
 
 The model is warmed up as in `gpo-fast demo`. Failing trajectories are taken from groups with right and wrong
 outcomes, and each method names a step (criterion "min"); a hit is the first line that differs from the right one.
-Uniform, racing, bisection, the proposals alone, and a random step (Satori's way of resetting).
+Uniform, the posterior's choice from uniform's continuations, racing, bisection, the proposals alone, and a random step
+(Satori's way of resetting).
 
 A uniform search draws the continuations of each state from streams keyed by (seed, branch), so the first N of a
 larger search are what a search with N would have drawn: uniform rows are prefixes of the largest N, drawn once.
@@ -51,6 +52,8 @@ CHECK_N, CHECK_SEED = 32, 10_000
 GOAL = 0.9  # share of first wrong lines that the largest uniform search is to find
 SEARCHES: dict[str, dict[str, Any]] = {
     f"uniform N={LARGEST_N}": {"n_samples": LARGEST_N},
+    "posterior N=4": {"n_samples": 4, "estimator": "posterior"},
+    "posterior N=12": {"n_samples": 12, "estimator": "posterior"},
     "racing N=2": {"n_samples": 2, "estimator": "racing"},
     "racing N=4": {"n_samples": 4, "estimator": "racing"},
     "racing N=12": {"n_samples": 12, "estimator": "racing"},
@@ -197,15 +200,19 @@ def failing_of(engine: RolloutEngine, row: dict[str, Any], group: Sequence[Any])
 def first_wrong_line(
     engine: RolloutEngine, completion: Completion, steps: list[Step], row: dict[str, Any]
 ) -> int | None:
-    """The step that holds the first line unlike the solution's; None where steps and lines do not match."""
+    """The step that holds the first line unlike the solution's; None where steps and lines do not match.
+
+    A line is right with its end: one that goes on where the solution ends, or ends where it goes on, is wrong (the
+    newline is a token of the line before it, and continuations of a state after it cannot take it back).
+    """
     text = [decode_completion(completion.token_ids[s.start : s.end], engine.tokenizer).strip() for s in steps]
     right = solution(row["metadata"]["expression"]).split("\n")
     if len(text) < 2 or any("\n" in line for line in text):
         return None
-    for i, line in enumerate(text):
-        if i >= len(right) or line != right[i]:
+    for i, (line, true) in enumerate(zip(text, right)):
+        if line != true:
             return i
-    return len(text) - 1  # right as far as it goes, but it stops too early
+    return min(len(text), len(right)) - 1
 
 
 def scores(engine: RolloutEngine, completions: Sequence[Completion], rows: Sequence[dict[str, Any]]) -> list[float]:

@@ -100,8 +100,8 @@ def critical(
         str, typer.Option(help="JSON-lines file, `module:function` or hub id: prompts, with `completion` or without.")
     ],
     reward: Annotated[str, typer.Option(help="Reward function: a known name or `module:function`.")] = "exact_match",
-    estimator: Annotated[str, typer.Option(help="uniform (the paper's), racing or bisect.")] = "racing",
-    num_samples: Annotated[int, typer.Option(min=1, help="Continuations per step; the budget of racing.")] = 4,
+    estimator: Annotated[str, typer.Option(help="uniform (the paper's), posterior, racing or bisect.")] = "racing",
+    num_samples: Annotated[int, typer.Option(min=1, help="Continuations per step; what racing is measured by.")] = 4,
     criterion: Annotated[str, typer.Option(help="max, min or abs.")] = "max",
     delta: Annotated[float, typer.Option(help="Racing stops when it errs with at most this probability.")] = 0.1,
     proposal: Annotated[

@@ -82,10 +82,10 @@ class GPOConfig(TrainingArguments):
     criterion: str = _option("max", "Critical step: largest gain (max), fall (min) or change (abs).")
     estimator: str = _option(
         "racing",
-        "Search by racing, uniform (the paper's) or bisect (a heuristic). No search: the step that the proposal scores "
-        "highest (proposal), or any (random).",
+        "Search by racing, uniform (the paper's), posterior or bisect (a heuristic). No search: the step that the "
+        "proposal scores highest (proposal), or any (random).",
     )
-    delta: float = _option(0.1, "Racing stops when another step is better with at most this probability.")
+    delta: float = _option(0.1, "Racing stops when another step is better with at most this probability, or before.")
     proposal: Any = _option(None, "Order of the search by logprob, entropy, gradient or a function; off if not set.")
     reset: str = _option("before", "Reset to the state before or after the critical step.")
     num_resets: int = _option(4, "Rollouts from each critical step to train on.")
@@ -166,7 +166,7 @@ class GPOConfig(TrainingArguments):
         one_of("loss_type", self.loss_type, LOSS_TYPES)
         one_of("criterion", self.criterion, ("max", "min", "abs"))
         one_of("reset", self.reset, ("before", "after"))
-        one_of("estimator", self.estimator, ("uniform", "racing", "bisect", "random", "proposal"))
+        one_of("estimator", self.estimator, ("uniform", "posterior", "racing", "bisect", "random", "proposal"))
         one_of("reuse", self.reuse, ("none", "split", "all"))
         if not callable(self.step_splitter):
             one_of("step_splitter", self.step_splitter, METHODS)

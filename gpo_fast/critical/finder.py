@@ -10,7 +10,7 @@ import numpy as np
 
 from gpo_fast.critical.bisect import BisectSearch
 from gpo_fast.critical.proposals import Proposal, named_proposal
-from gpo_fast.critical.racing import RacingSearch
+from gpo_fast.critical.racing import PosteriorSearch, RacingSearch
 from gpo_fast.critical.rounds import RoundRunner, SearchRun
 from gpo_fast.critical.search import Search, SearchProblem, UniformSearch
 from gpo_fast.critical.step import SCORES, Criterion, CriticalStep, Estimator, Reset, Reuse, mean
@@ -22,6 +22,7 @@ OutcomeReward = Callable[[Sequence[Completion]], Sequence[float]]
 
 _SEARCHES: dict[str, type[Search]] = {
     "uniform": UniformSearch,
+    "posterior": PosteriorSearch,
     "racing": RacingSearch,
     "bisect": BisectSearch,
     "random": RandomChoice,
@@ -37,11 +38,13 @@ class CriticalStepFinder:
         reward_fn: outcome rewards of whole completions (`token_ids` from the end of the prompt on). The
             `request_index` of each is the place of its trajectory in the list given to `find`.
         splitter: cuts a trajectory into steps.
-        n_samples: N, continuations per state. The paper's default is 4; accuracy is flat beyond 12. For "racing"
-            it sets the budget: never more continuations, nor more expected tokens, than "uniform".
+        n_samples: N, continuations per state. The paper's default is 4; accuracy is flat beyond 12. "racing" wants
+            to be as sure as "uniform" with this N, for never more continuations, nor more expected tokens.
         criterion: "max" (the paper's: largest gain), "min" (largest fall), "abs" (largest change).
-        estimator: "uniform", the paper's: N continuations of every state, in one batch. "racing": samples go where
-            they tell most about which step is critical, until that has the probability 1 - `delta`. "bisect": a
+        estimator: "uniform", the paper's: N continuations of every state, in one batch; the step with the best
+            difference of their means. "posterior": the same continuations; the step that is likeliest to be the
+            critical one, given them. "racing": samples go where they tell most about which step that is, until it
+            is as sure as "uniform" with this N would be, or has the probability 1 - `delta`. "bisect": a
             heuristic for the step that lost a failing trajectory (criterion "min", reset "before"). "random": no
             search, a step chosen by chance: the control. "proposal": no search, the step that `proposal` scores
             highest ("logprob" if none is given): a guess for nothing, where success is too rare to be sampled.
@@ -52,12 +55,13 @@ class CriticalStepFinder:
             With "all" their mean reward is biased by the choice.
         sampling: how continuations are drawn. `max_tokens` is the limit of the *whole* completion, so a
             continuation gets what its prefix left of it.
-        delta: "racing" stops when the probability of another step being better is at most this.
+        delta: "racing" stops when the probability of another step being better is at most this, whatever N.
         reward_range: lowest and highest reward, for the posterior; by default 0 and 1, widened by what is seen.
         proposal: orders the search of "racing" and "bisect", and decides only with the estimator "proposal":
             "logprob", "entropy", "gradient" or a function `(completions, steps) -> scores of each trajectory's steps`
             (`proposals`).
-        ahead: let "racing" begin next rounds early where the engine has idle places (faster, some more tokens).
+        ahead: let "racing" begin next rounds early where the engine has little to do (some more tokens, less time
+            where few trajectories are searched at once).
         seed: first seed of the search; every state of every trajectory has streams of its own.
 
     Raises:
@@ -141,7 +145,7 @@ class CriticalStepFinder:
         self._check_range([*own, *(r for root in roots for r in root)])
         runner = RoundRunner(self.engine, runs, request, score, ahead=self.ahead and self.estimator == "racing")
         # A search of one round has nothing to gain from a stream.
-        if self.estimator == "uniform" or not hasattr(self.engine, "stream"):
+        if self.estimator in ("uniform", "posterior") or not hasattr(self.engine, "stream"):
             runner.run_in_step()
         else:
             runner.run_streaming()

@@ -1,7 +1,7 @@
 """Runs the rounds of many searches on one backend.
 
-On a backend with `stream` each search goes on as soon as its own round is complete, and while the engine has idle
-places a search's next round is begun before this one has ended; what the outcome makes useless is cancelled. On
+On a backend with `stream` each search goes on as soon as its own round is complete, and while the engine has too
+little to do a search's next round is begun before this one has ended; what the outcome makes useless is cancelled. On
 any other backend the rounds of all searches are one call of `generate`, in step.
 
 Short continuations finish first, and length may go with correctness. So a search sees complete rounds only, in
@@ -19,6 +19,12 @@ from gpo_fast.rollout.types import Completion, Request
 
 MakeRequest = Callable[["SearchRun", int, int], Request]  # run, state, continuations
 Score = Callable[[list[tuple["SearchRun", Completion]]], Sequence[float]]
+
+# So many running branches keep an engine busy; more rounds begun early would only be planned on less than could be
+# known. Steps of benchmarks/critical.py on two cores: 2.0 ms for a token with 8 to 15 branches, 1.1 to 1.2 with 16 to
+# 31, 0.8 to 0.9 with 32 to 63, 0.7 to 0.9 with more. Filling all 256 places took a fifth more tokens there than filling
+# none, and more time.
+BUSY = 64
 
 
 @dataclass
@@ -53,6 +59,7 @@ class SearchRun:
     num_tokens: int = 0
     num_cancelled: int = 0
     is_over: bool = False
+    may_plan: bool = True  # False after an empty plan: only an outcome can change it
     open_rounds: list[SampledRound] = field(default_factory=list)  # the oldest first
     seen: dict[int, list[tuple[Completion, float]]] = field(default_factory=dict)  # by state
     held_out: dict[int, list[tuple[Completion, float]]] = field(default_factory=dict)
@@ -66,6 +73,7 @@ class SearchRun:
         cells = {state: count * self.copies for state, count in self.search.plan(pending).items()}
         if not cells:
             self.is_over = not self.open_rounds
+            self.may_plan = False
             return None
         self.num_rounds += 1
         self.num_rollouts += sum(cells.values())
@@ -85,6 +93,7 @@ class SearchRun:
 
     def learn(self, round_: SampledRound, outcomes: Sequence[tuple[int, Completion, float]]) -> None:
         """Hands a round's rewards to the search, those of the twins apart."""
+        self.may_plan = True
         for state, completion, reward in outcomes:
             if completion.branch_index < round_.cells[state] // self.copies:
                 self.search.problem.samples[state].append(reward)
@@ -97,7 +106,7 @@ class RoundRunner:
     """See the module.
 
     Args:
-        ahead: begin a search's next round early where the engine has idle places.
+        ahead: begin a search's next round early where the engine has fewer than BUSY branches.
     """
 
     def __init__(
@@ -155,12 +164,12 @@ class RoundRunner:
         return sum(count for round_ in real for count in round_.cells.values())
 
     def _fill(self, stream: Any, owners: dict[int, SampledRound], running: int) -> int:
-        """Begins next rounds early until the engine has no idle place; returns the continuations added."""
+        """Begins next rounds early until the engine is busy; returns the continuations added."""
         added = 0
         for run in self.runs:
-            if running + added >= self.engine.max_batch_size:
+            if running + added >= min(BUSY, self.engine.max_batch_size):
                 break
-            if len(run.open_rounds) == 1:
+            if len(run.open_rounds) == 1 and run.may_plan:
                 added += self._submit(stream, owners, [run.next_round()])
         return added
 

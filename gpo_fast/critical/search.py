@@ -63,10 +63,14 @@ class SearchProblem:
         return self._paths[1]
 
     def winners(self) -> np.ndarray:
-        """The best candidate step of each posterior path; equals are told apart by chance."""
-        scores = SCORES[self.criterion](np.diff(self.posterior_paths(), axis=1)[:, : self.num_candidates])
-        winners: np.ndarray = np.argmax(scores + 1e-9 * self.rng.random(scores.shape), axis=1)
-        return winners
+        """The best candidate step of each posterior path."""
+        return self.best_steps(self.posterior_paths())
+
+    def best_steps(self, paths: np.ndarray) -> np.ndarray:
+        """The best candidate step of each path of H + 1 values; equals are told apart by chance."""
+        scores = SCORES[self.criterion](np.diff(paths, axis=1)[:, : self.num_candidates])
+        best: np.ndarray = np.argmax(scores + 1e-9 * self.rng.random(scores.shape), axis=1)
+        return best
 
     def scale(self) -> tuple[float, float]:
         """(lowest, highest) reward: what is 0 and 1 to the posterior."""

@@ -13,7 +13,7 @@ from gpo_fast.steps import Step
 
 Criterion = Literal["max", "abs", "min"]
 Reset = Literal["before", "after"]
-Estimator = Literal["uniform", "racing", "bisect", "random", "proposal"]
+Estimator = Literal["uniform", "posterior", "racing", "bisect", "random", "proposal"]
 Reuse = Literal["none", "split", "all"]
 
 SCORES: dict[str, Callable[[Any], Any]] = {"max": lambda a: a, "abs": abs, "min": lambda a: -a}
@@ -25,7 +25,7 @@ class CriticalStep:
 
     `values[i]` is V(s_i) for i in 0..H (H + 1 of them) and `advantages[i]` the advantage of step i (H of them):
     means of continuations with their standard errors for "uniform" and "bisect" (NaN where a state was not
-    sampled), posterior means with their posterior standard deviations for "racing".
+    sampled), posterior means with their posterior standard deviations for "racing" and "posterior".
     `token_position` is the cut of the reset, counted in completion tokens: completion[:token_position] is kept.
     `confidence` is the posterior probability (`value_model`) that no other step has a better advantage.
     `num_rollouts` and `num_tokens` are what this search sampled, cancelled continuations included; the `saved`

@@ -56,10 +56,12 @@ class GPOConfig(GRPOConfig):
     criterion: str = _option("max", "Critical step: largest gain (max), fall (min) or change (abs).")
     estimator: str = _option(
         "racing",
-        "Search by racing, uniform (the paper's) or bisect (a heuristic). No search: the step that the proposal scores "
-        "highest (proposal), or any (random).",
+        "Search by racing, uniform (the paper's), posterior or bisect (a heuristic). No search: the step that the "
+        "proposal scores highest (proposal), or any (random).",
     )
-    racing_delta: float = _option(0.1, "Racing stops when another step is better with at most this probability.")
+    racing_delta: float = _option(
+        0.1, "Racing stops when another step is better with at most this probability, or before."
+    )
     proposal: Any = _option(None, "Order of the search by logprob, entropy, gradient or a function; off if not set.")
     reset: str = _option("before", "Reset to the state before or after the critical step.")
     search: Any = _option(

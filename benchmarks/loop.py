@@ -38,7 +38,7 @@ def main() -> None:
     gain.add_argument("--tasks", nargs="+", default=["chain_sum", "basic_arithmetic"])
     gain.add_argument("--steps", type=int, default=6, help="length of a solution in lines")
     gain.add_argument("--start", type=float, default=0.3, help="solve rate at which the warm-up ends")
-    gain.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "gpo-uniform", "random"])
+    gain.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "gpo-proposal", "random"])
     gain.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     gain.add_argument("--seconds", type=float, default=60.0, help="training time of each run")
     gain.add_argument("--folder", type=Path, default=Path("runs/gain"))

@@ -35,6 +35,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"use_gpo": False},
     "gpo": {"estimator": "racing", "reuse": "all"},
     "gpo-uniform": {"estimator": "uniform", "reuse": "all"},
+    # Of all schemes of loop_plane.py the one that gains most where success is rare.
+    "gpo-proposal": {"estimator": "proposal", "search": "worst", "num_generations": 4, "num_resets": 8},
     "random": {"estimator": "random"},
     "dpo": {"loss_type": "dpo", "use_gpo": False},
     "gpo-dpo": {"loss_type": "dpo", "estimator": "racing"},
@@ -136,15 +138,16 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
 def settings(trial: Trial, output: Path) -> GPOConfig:
     """The settings that all algorithms share, then the algorithm's own."""
     shared: dict[str, Any] = {
-        "per_device_train_batch_size": 8,
+        "loss_type": "dapo",
+        "per_device_train_batch_size": 64,
         "num_generations": 8,
         "max_completion_length": trial.task.max_tokens,
         "num_samples": 4,
-        "num_resets": 8,
+        "num_resets": 4,
         "criterion": "min",
-        "max_batch_size": 128,
+        "max_batch_size": 256,
         "kv_cache_memory": 64 << 20,
-        "learning_rate": 1e-4,
+        "learning_rate": 3e-4,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 5,
         "max_grad_norm": 1.0,

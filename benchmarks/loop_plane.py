@@ -22,7 +22,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from gpo_fast.bench.common import Table
+from gpo_fast.bench.common import ReadmeRow, Table
 
 from gpo_fast.critical.bisect import BisectSearch
 from gpo_fast.critical.racing import RacingSearch
@@ -31,7 +31,7 @@ from gpo_fast.critical.search import Search, SearchProblem, UniformSearch
 FACTS = 60
 EASY = 0.995  # the solve rate of an easy step where one is hard
 STEP_TOKENS = 6
-LENGTHS, RATES = (4, 8, 16, 24), (0.6, 0.3, 0.1, 0.03, 0.01)
+LENGTHS, RATES = (6, 12, 24), (0.5, 0.1, 0.03, 0.01)
 SEARCHES: dict[str, type[Search]] = {"uniform": UniformSearch, "racing": RacingSearch, "bisect": BisectSearch}
 
 
@@ -59,6 +59,8 @@ SCHEMES = {
     "proposal, every group of 4": Scheme(4, "proposal", every_group=True),
 }
 REFERENCE = "GRPO, 8"
+SHOWN = ("GRPO, 4", "racing", "random", "proposal, every group of 4")  # in the README, of chains of SHOWN_STEPS
+SHOWN_STEPS = 12
 
 
 class World:
@@ -186,3 +188,20 @@ def table(records: list[dict[str, Any]]) -> Table:
         cell = (str(record["steps"]), f"{record['rate']:.0%}", "one" if record["pivotal"] else "all")
         shown.add(*cell, *(f"{record['progress'][name]:.2f}" for name in names))
     return shown
+
+
+def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
+    """A row for each solve rate: equally hard steps, and one hard step."""
+    by_cell = {(r["steps"], r["rate"], r["pivotal"]): r["progress"] for r in result["data"]["records"]}
+    return [
+        ReadmeRow(
+            f"progress per token, GRPO with 8 completions = 1: chains of {SHOWN_STEPS} steps, {rate:.0%} solved, all "
+            "steps equally hard / one hard (computed, no model)",
+            "loop.py plane",
+            "; ".join(
+                f"{name} {by_cell[SHOWN_STEPS, rate, False][name]:.2f} / {by_cell[SHOWN_STEPS, rate, True][name]:.2f}"
+                for name in SHOWN
+            ),
+        )
+        for rate in RATES
+    ]

@@ -1,12 +1,18 @@
 """Sampling branches: the engine against transformers' ways of doing the same, in one process, taking turns.
 
-Every peer produces the same number of tokens for the same prompts (end-of-sequence is ignored). Peers:
+Every way produces the same number of tokens for the same prompts (end-of-sequence is ignored) and is warmed up with a
+small part of the workload. Peers:
   generate         one generate() for each different prompt, with num_return_sequences where it continues more than
                    once; different prompts of one length are one batch
   repeat cache     prefill once, repeat the cache for the branches, decode with one small call a step (the fair
                    baseline)
-  generate_batch   transformers' continuous batching
-  llama.cpp        llama-cpp-python where it is installed (SmolLM2 only: its packaged file, with that quantisation)
+  generate_batch   transformers' continuous batching, with a cache as large as the workload needs
+  llama.cpp        llama-cpp-python where it is installed (SmolLM2 only: its packaged file, with that quantisation), a
+                   prompt's branches sharing its cells
+The first two need a call for each cut point of a comb: they are timed on its first trajectories, and the time is
+multiplied. A long benchmark can be run in pieces, a workload (--only) with a peer (--peers) at a time: our engine runs
+in each of them.
+--sharing compares decode steps that read a shared prefix once with steps that read it for each branch.
 On a GPU (--device cuda) a second table has decode steps of large batches, and of a comb, over their floor: the bytes of
 the weights and of every key and value, each read once, over the measured bandwidth of a copy.
 """
@@ -16,12 +22,20 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from gpo_fast.bench.common import ReadmeRow, Table, Timing, finish, floors, human, interleave, parser
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from gpo_fast.bench.llama_peer import with_llama_cpp
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+)
 
 from gpo_fast import Request, RolloutEngine, SamplingParams
 from gpo_fast.demo.model import find_gguf, load_demo_model
@@ -68,10 +82,20 @@ class Workload:
     branches: int
     new_tokens: int
     targets: dict[str, float]
+    share: int = 1  # peers with a call for each prompt are timed on the first 1 / share of them
 
     @property
     def tokens(self) -> int:
         return len(self.prompts) * self.branches * self.new_tokens
+
+    def small(self) -> Workload:
+        """What a way is warmed up with."""
+        prompts, branches, new_tokens = self.prompts[:2], min(2, self.branches), min(2, self.new_tokens)
+        return replace(self, prompts=prompts, branches=branches, new_tokens=new_tokens)
+
+    def part(self) -> Workload:
+        """The prompts on which peers with a call for each are timed."""
+        return replace(self, prompts=self.prompts[: len(self.prompts) // self.share])
 
 
 def load(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
@@ -122,6 +146,7 @@ def workloads(vocabulary: int, quick: bool) -> list[Workload]:
             continuations,
             ahead,
             {"generate": 15, "repeat cache": 3},
+            share=1 if quick else 8,
         ),
         Workload(f"{len(different)} different 128-token prompts x {new}", different, 1, new, {"generate": 2.5}),
         Workload(f"one sequence: 128-token prompt x {new}", [tokens(128)], 1, new, {"generate": 1}),
@@ -201,40 +226,54 @@ def with_generate_batch(model: Any, work: Workload) -> Callable[[], object]:
         max_new_tokens=work.new_tokens, do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0, use_cache=True
     )
     inputs = [p for p in work.prompts for _ in range(work.branches)]
+    # Its own choice of a cache is a large part of the machine's memory, all of which its attention goes through.
+    page = 256
+    blocks = sum(-(-(len(p) + work.new_tokens) // page) for p in inputs)
+    batching = ContinuousBatchingConfig(page_size=page, num_blocks=blocks)
 
     def run() -> None:
-        done = model.generate_batch(inputs, generation_config=config, progress_bar=False)
+        done = model.generate_batch(
+            inputs, generation_config=config, continuous_batching_config=batching, progress_bar=False
+        )
         if len(done) != len(inputs) or any(len(o.generated_tokens) != work.new_tokens for o in done.values()):
             raise RuntimeError("generate_batch returned other numbers of tokens than asked for")
 
     return run
 
 
-def with_llama_cpp(work: Workload) -> Callable[[], object]:
-    from llama_cpp import Llama
-
-    path = find_gguf()
-    llama = Llama(str(path), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False, logits_all=False)
-
-    def run() -> None:
-        for prompt in work.prompts:
-            for _ in range(work.branches):
-                stream = llama.generate(prompt, temp=1.0, top_k=0, top_p=1.0)
-                for _, _ in zip(range(work.new_tokens), stream):
-                    pass
-
-    return run
+PEER_CALLS: dict[str, Callable[[Any, Workload], Callable[[], object]]] = {
+    "generate": with_generate,
+    "repeat cache": with_repeated_cache,
+    "generate_batch": with_generate_batch,
+    "llama.cpp": lambda _, work: with_llama_cpp(find_gguf(), work.prompts, work.branches, work.new_tokens),
+}
+ONE_CALL_A_PROMPT = ("generate", "repeat cache")
 
 
-def peers(model: Any, work: Workload, arguments: Any) -> dict[str, Callable[[], object]]:
-    calls = {
-        "generate": with_generate(model, work),
-        "repeat cache": with_repeated_cache(model, work),
-        "generate_batch": with_generate_batch(model, work),
-    }
-    if arguments.model == "smollm2" and importlib.util.find_spec("llama_cpp"):
-        calls["llama.cpp"] = with_llama_cpp(work)
-    return {name: call for name, call in calls.items() if name in arguments.peers}
+def measure(engine: RolloutEngine, model: Any, work: Workload, arguments: Any, notes: list[str]) -> dict[str, Timing]:
+    """Our engine and each peer that was asked for and runs here, taking turns."""
+    names = [name for name in PEERS if name in arguments.peers]
+    if arguments.model != "smollm2" or not importlib.util.find_spec("llama_cpp"):
+        names = [name for name in names if name != "llama.cpp"]
+    parts = {name: work.part() if name in ONE_CALL_A_PROMPT else work for name in names}
+    ours(engine, work.small())()
+    calls = {"gpo-fast": ours(engine, work)}
+    for name in names:
+        if runs(name, lambda name=name: PEER_CALLS[name](model, work.small())(), notes):
+            calls[name] = PEER_CALLS[name](model, parts[name])
+    times = interleave(calls, repeats=1 if arguments.quick else arguments.repeats)
+    for name, part in parts.items():
+        scale = len(work.prompts) / len(part.prompts)
+        if name in times and scale > 1:
+            notes.append(
+                f"{name} was timed on {len(part.prompts)} of the {len(work.prompts)} prompts, the time multiplied"
+            )
+            times[name] = replace(
+                times[name], **{k: scale * getattr(times[name], k) for k in ("median", "low", "high")}
+            )
+    if "llama.cpp" in times:
+        notes.append(f"llama.cpp ran {find_gguf().name}, its weights not laid out anew for the CPU")
+    return times
 
 
 def runs(name: str, call: Callable[[], object], notes: list[str]) -> bool:
@@ -311,19 +350,45 @@ def decode_steps(model: Any, tokenizer: Any, quick: bool) -> tuple[Table, dict[s
     return table, results
 
 
+def sharing(model: Any, tokenizer: Any, quick: bool) -> tuple[Table, dict[str, dict[str, float]]]:
+    """A decode step whose branches' prefix is read once, against one that reads it for each branch."""
+    table = Table("Decode step, a shared prefix read once", ("prefix", "branches", "shared", "plain", "plain / shared"))
+    lengths, sizes = ([32], [2]) if quick else ([16, 64, 256, 1024], [2, 4, 8, 32])
+    engines = [RolloutEngine(model, tokenizer, share_prefixes=share) for share in (True, False)]
+    short, long = (2, 6) if quick else (4, 20)
+    results = {}
+    for length in lengths:
+        for branches in sizes:
+            prompt = torch.randint(10, 1000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+            case = DecodeCase("", [prompt], branches, length)
+            shared, plain = (
+                (seconds_of(engine, case, long) - seconds_of(engine, case, short)) / (long - short)
+                for engine in engines
+            )
+            table.add(str(length), str(branches), human(shared), human(plain), f"{plain / shared:.2f}")
+            results[f"{length} x {branches}"] = {"shared_seconds": shared, "plain_seconds": plain}
+    return table, results
+
+
 def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
-    """The engine against each peer of a result."""
-    targets = {work.name: work.targets for work in workloads(vocabulary=1000, quick=False)}
+    """The engine against each peer of a result, or what sharing gains."""
+    if result["arguments"].get("sharing") == "True":
+        return [sharing_row(result)]
+    works = {work.name: work for work in workloads(vocabulary=1000, quick=False)}
     options = result["arguments"]
-    command = f"rollout.py --dtype {options['dtype']} --repeats {options['repeats']} --only {options['only']}"
+    model = "" if options["model"] == "smollm2" else f" --model {options['model']}"
+    command = f"rollout.py{model} --dtype {options['dtype']} --repeats {options['repeats']} --only {options['only']}"
     rows = []
     for name, times in result["data"]["times"].items():
         ours = times["gpo-fast"]["median"]
         for peer in [p for p in PEERS if p in times]:
-            theirs, goal = times[peer]["median"], targets[name].get(peer)
+            theirs, goal = times[peer]["median"], works[name].targets.get(peer)
+            what = f"{name}, {options['model']}, against {PEERS[peer]}"
+            if peer in ONE_CALL_A_PROMPT and works[name].share > 1:
+                what += f" (a call per cut point, timed on 1 / {works[name].share} of them)"
             rows.append(
                 ReadmeRow(
-                    f"{name}, {options['model']}, against {PEERS[peer]}",
+                    what,
                     command,
                     f"{theirs / ours:.2f} x as fast ({human(ours)}, {human(theirs)})",
                     "" if goal is None else f"{goal:g} x",
@@ -331,6 +396,18 @@ def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
                 )
             )
     return rows
+
+
+def sharing_row(result: dict[str, Any]) -> ReadmeRow:
+    ratios = {case: step["plain_seconds"] / step["shared_seconds"] for case, step in result["data"].items()}
+    least, most = min(ratios, key=lambda case: ratios[case]), max(ratios, key=lambda case: ratios[case])
+    options = result["arguments"]
+    return ReadmeRow(
+        f"a decode step, {options['model']}, a prefix of 16 to 1,024 tokens read once for 2 to 32 branches, against "
+        "once for each",
+        f"rollout.py --dtype {options['dtype']} --sharing",
+        f"{ratios[least]:.2f} x ({least}) to {ratios[most]:.2f} x as fast ({most})",
+    )
 
 
 def main() -> None:
@@ -346,10 +423,16 @@ def main() -> None:
     arguments_of.add_argument("--repeats", type=int, default=3)
     arguments_of.add_argument("--peers", nargs="*", default=list(PEERS), metavar="PEER")
     arguments_of.add_argument("--only", type=int, help="the number of one workload, from 0")
+    arguments_of.add_argument(
+        "--sharing", action="store_true", help="instead: decode steps with prefixes read once, against once a branch"
+    )
     arguments = arguments_of.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model, tokenizer = load(arguments.model, getattr(torch, arguments.dtype), arguments.device)
+    if arguments.sharing:
+        steps, results = sharing(model, tokenizer, arguments.quick)
+        return finish(arguments, [steps], results)
     engine = RolloutEngine(model, tokenizer, max_batch_size=64 if arguments.device == "cpu" else 256)
     table = Table(
         f"{arguments.model}, {arguments.dtype}, {arguments.device}, {torch.get_num_threads()} threads",
@@ -358,10 +441,7 @@ def main() -> None:
     notes: list[str] = []
     measured: dict[str, dict[str, Timing]] = {}
     for work in chosen_workloads(arguments, model.config.vocab_size):
-        calls = {"gpo-fast": ours(engine, work)}
-        calls |= {name: call for name, call in peers(model, work, arguments).items() if runs(name, call, notes)}
-        times = interleave(calls, repeats=1 if arguments.quick else arguments.repeats)
-        measured[work.name] = times
+        measured[work.name] = times = measure(engine, model, work, arguments, notes)
         own = times["gpo-fast"].median
         for name, timing in times.items():
             target = work.targets.get(name)

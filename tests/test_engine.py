@@ -97,6 +97,31 @@ def test_each_forward_pass_equals_generate(kind: str, kernels: str) -> None:
         assert [c.token_ids for c in engine.generate(requests)] == expected
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kernels", FORWARD_PASSES[:-1])
+def test_a_pass_of_many_rows_equals_passes_of_few(kernels: str, threads: int) -> None:
+    """From 128 rows a thread on, threads take blocks of rows instead of parts of every product."""
+    generator = torch.Generator().manual_seed(4)
+    asked = [torch.randint(3, 40, (n,), generator=generator).tolist() for n in (200, 61, 180, 7)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+            model = tiny.model("llama", seed=1, **MODELS["llama"]).to(dtype)
+            logprobs = []
+            with forward_pass(kernels):
+                for room in (2048, 40):
+                    engine = RolloutEngine(model, tiny.tokenizer(), max_prefill_tokens=room)
+                    params = SamplingParams(max_tokens=1, ignore_eos=True)
+                    drawn = engine.generate([Request(p, sampling=params, seed=i) for i, p in enumerate(asked)])
+                    logprobs.append(torch.tensor([c.logprobs for c in drawn]))
+                    truth = torch.cat([teacher_forced(model, c) for c in drawn])
+                    assert (logprobs[-1][:, 0] - truth).abs().max() <= bound
+            assert (logprobs[0] - logprobs[1]).abs().max() <= bound
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_branches_at_every_token_continue_like_generate(kind: str) -> None:
     model = tiny.model(kind, seed=5)

@@ -72,6 +72,27 @@ def test_attention_equals_float64(
             assert (gathered[row] - truth).norm() <= bound
 
 
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize(("dim", "block_size"), [(64, 16), (64, 8), (40, 16), (128, 32)])
+def test_attention_of_one_sequence_sees_only_its_own_keys(kernels: str, heads: int, dim: int, block_size: int) -> None:
+    pool = KVPool(1, 800 // block_size, block_size, 1, dim, torch.bfloat16, torch.device("cpu"))
+    pool.keys.fill_(torch.nan)  # what is not of the sequence
+    pool.values.fill_(torch.nan)
+    length = int(torch.randint(1, 700, ()))
+    pages = torch.randperm(800 // block_size)[: -(-length // block_size)]
+    slots = (pages[:, None] * block_size + torch.arange(block_size)).flatten()[:length]
+    keys, values = torch.randn(2, length, dim).bfloat16()
+    pool.keys[0, slots, 0], pool.values[0, slots, 0] = keys, values
+    query = torch.randn(1, heads, dim).bfloat16()
+    batch = PagedBatch(pool, torch.empty(1, dtype=torch.int64), chunk_segment(pages.numpy(), 0, length - 1, length))
+    for softcap in (0.0, 5.0):
+        ours = attend_cpp(query, pool.keys[0], pool.values[0], batch.plan(heads, 0.3, softcap))[0].double()
+        scores = query[0].double() * 0.3 @ keys.double().T
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        truth = scores.softmax(-1) @ values.double()
+        assert (ours - truth).norm() <= 2**-8 * (truth.norm() + 1)
+
+
 def test_rows_that_see_nothing_get_zero(kernels: str) -> None:
     pool = KVPool(1, 2, 4, 1, 16, torch.float32, torch.device("cpu"))
     pool.keys.fill_(torch.nan)

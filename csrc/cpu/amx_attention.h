@@ -6,6 +6,10 @@
 //
 // A score is rounded once, as a weight of the sum (a bfloat16 left operand is all that AMX takes); scores, maxima and
 // totals are float32. The thread's tiles are set up by the caller.
+//
+// Of few rows (a branch's own tail, a sequence that shares nothing) a vector holds several keys of all rows, and the
+// values are multiplied as they lie, by `vdpbf16ps`: whole tiles of 16 rows would be empty for the most part, and
+// turning the values round costs more than multiplying them.
 #pragma once
 
 #include "cpu/amx.h"
@@ -80,10 +84,10 @@ GPO_AMX inline __mmask16 first_lanes(int64_t count) {
 }
 
 // Where the piece's keys and values begin, in elements of the pool.
-inline void find_keys(const AttentionPiece& piece, PieceArrays& arrays) {
+inline void find_keys(const AttentionPiece& piece, int64_t* places) {
     const int32_t* page = piece.pages + piece.first / piece.block_size;
     for (int64_t t = 0, within = piece.first % piece.block_size; t < piece.count; ++t) {
-        arrays.places[t] = (static_cast<int64_t>(*page) * piece.block_size + within) * piece.slot_stride;
+        places[t] = (static_cast<int64_t>(*page) * piece.block_size + within) * piece.slot_stride;
         if (++within == piece.block_size) within = 0, ++page;
     }
 }
@@ -91,6 +95,16 @@ inline void find_keys(const AttentionPiece& piece, PieceArrays& arrays) {
 // The pool is read in short stretches, which the hardware does not foresee.
 GPO_AMX inline void prefetch_row(const bf16* row, int64_t dim) {
     for (int64_t d = 0; d < dim; d += 32) _mm_prefetch(reinterpret_cast<const char*>(row + d), _MM_HINT_T0);
+}
+
+GPO_AMX inline __mmask32 first_halves(int64_t count) {
+    return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+}
+
+// A key, and zeros up to `padded`, a multiple of 32.
+GPO_AMX inline void copy_row(const bf16* from, int64_t dim, int64_t padded, bf16* to) {
+    for (int64_t d = 0; d < padded; d += 32)
+        _mm512_store_si512(to + d, _mm512_maskz_loadu_epi16(first_halves(dim - d), from + d));
 }
 
 // The queries as a right operand: pairs of head dimensions down, rows across.
@@ -153,20 +167,15 @@ GPO_AMX inline void score_keys(const AttentionPiece& piece, PieceArrays& arrays)
             if (start + i + kKeyBlock < piece.count) {
                 prefetch_row(static_cast<const bf16*>(piece.keys) + arrays.places[start + i + kKeyBlock], piece.dim);
             }
-            for (int64_t d = 0; d < arrays.dim; d += 32) {
-                const int64_t left = std::min<int64_t>(32, piece.dim - d);
-                const __mmask32 inside = left == 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
-                _mm512_store_si512(arrays.key_block + i * arrays.dim + d, _mm512_maskz_loadu_epi16(inside, from + d));
-            }
+            copy_row(from, piece.dim, arrays.dim, arrays.key_block + i * arrays.dim);
         }
         multiply_blocks(arrays.key_block, arrays.dim, arrays.queries, arrays.rows, arrays.dim / 32,
                         arrays.scores + start * arrays.rows);
     }
 }
 
-inline void cap_scores(const AttentionPiece& piece, PieceArrays& arrays) {
-    for (int64_t i = 0; i < piece.count * arrays.rows; ++i)
-        arrays.scores[i] = piece.softcap * std::tanh(arrays.scores[i] * piece.scale / piece.softcap);
+inline void cap_scores(const AttentionPiece& piece, int64_t count, float* scores) {
+    for (int64_t i = 0; i < count; ++i) scores[i] = piece.softcap * std::tanh(scores[i] * piece.scale / piece.softcap);
 }
 
 // P^T of 16 rows from `r` on, with their maxima and totals.
@@ -240,13 +249,190 @@ GPO_AMX inline void store_sums(const AttentionPiece& piece, const PieceArrays& a
     }
 }
 
+constexpr int64_t kFewRows = 8;
+
+// The arrays of a piece of up to `Rows` rows, 4 or 8.
+template <int64_t Rows>
+struct FewArrays {
+    int64_t keys, dim;
+    pair* queries;    // [dim / 2, Rows]
+    bf16* key_block;  // [kKeyBlock, dim]
+    float* scores;    // [keys, Rows]
+    pair* weights;    // [keys / 2, Rows]
+    int64_t* places;  // [keys]: see find_keys
+
+    FewArrays(const AttentionPiece& piece, Scratch& scratch)
+        : keys(static_cast<int64_t>(round_up(piece.count, kKeyBlock))),
+          dim(static_cast<int64_t>(round_up(piece.dim, 32))) {
+        char* at = static_cast<char*>(
+            scratch.take(2 * dim * Rows + 2 * kKeyBlock * dim + 4 * keys * Rows + 2 * keys * Rows + 8 * keys));
+        const auto next = [&at](std::size_t bytes) { return std::exchange(at, at + bytes); };
+        queries = reinterpret_cast<pair*>(next(2 * dim * Rows));
+        key_block = reinterpret_cast<bf16*>(next(2 * kKeyBlock * dim));
+        scores = reinterpret_cast<float*>(next(4 * keys * Rows));
+        weights = reinterpret_cast<pair*>(next(2 * keys * Rows));
+        places = reinterpret_cast<int64_t*>(next(8 * keys));
+    }
+};
+
+template <int64_t Rows>
+GPO_AMX inline void pack_few_queries(const AttentionPiece& piece, FewArrays<Rows>& arrays) {
+    alignas(64) pair row[16];
+    for (int64_t d = 0; d < arrays.dim; d += 32) {
+        for (int64_t r = 0; r < Rows; ++r) {
+            const float* from = piece.query + r * piece.padded + d;
+            const __mmask16 there = r < piece.rows ? 0xffff : 0;
+            const __m512 low = _mm512_maskz_loadu_ps(there & first_lanes(piece.padded - d), from);
+            const __m512 high = _mm512_maskz_loadu_ps(there & first_lanes(piece.padded - d - 16), from + 16);
+            _mm512_store_si512(row, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            for (int64_t i = 0; i < 16; ++i) arrays.queries[(d / 2 + i) * Rows + r] = row[i];
+        }
+    }
+}
+
+// S [keys, Rows]. Keys of one page lie at equal distances: where pages hold whole tiles, those are loaded in place,
+// with what else is on the page beyond the piece's keys, which no row sees.
+template <int64_t Rows>
+GPO_AMX inline void score_few_keys(const AttentionPiece& piece, FewArrays<Rows>& arrays) {
+    const bool in_place = piece.block_size % 16 == 0 && piece.first % 16 == 0 && piece.dim % 32 == 0;
+    const bf16 *keys = static_cast<const bf16*>(piece.keys), *values = static_cast<const bf16*>(piece.values);
+    const int64_t stride = in_place ? piece.slot_stride : arrays.dim;
+    AmxConfiguration few;
+    for (const int tile : {0, 1, 6}) few.row_bytes[tile] = Rows * sizeof(float);
+    AmxTiles::set_up(few);
+    for (int64_t start = 0; start < piece.count; start += kKeyBlock) {
+        for (int64_t t = start; t < std::min<int64_t>(piece.count, start + kKeyBlock); ++t) {
+            prefetch_row(values + arrays.places[t], piece.dim);
+            if (t + kKeyBlock < piece.count) prefetch_row(keys + arrays.places[t + kKeyBlock], piece.dim);
+            if (!in_place)
+                copy_row(keys + arrays.places[t], piece.dim, arrays.dim, arrays.key_block + (t - start) * arrays.dim);
+        }
+        const bool wide = start + 16 < piece.count;
+        const bf16* first = in_place ? keys + arrays.places[start] : arrays.key_block;
+        const bf16* second = in_place && wide ? keys + arrays.places[start + 16] : arrays.key_block + 16 * arrays.dim;
+        finish_stores();
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t d = 0; d < arrays.dim; d += 32) {
+            _tile_loadd(6, arrays.queries + d / 2 * Rows, Rows * sizeof(pair));
+            _tile_loadd(4, first + d, stride * sizeof(bf16));
+            _tile_dpbf16ps(0, 4, 6);
+            if (!wide) continue;
+            _tile_loadd(5, second + d, stride * sizeof(bf16));
+            _tile_dpbf16ps(1, 5, 6);
+        }
+        float* scores = arrays.scores + start * Rows;
+        _tile_stored(0, scores, Rows * sizeof(float));
+        _tile_stored(1, scores + 16 * Rows, Rows * sizeof(float));
+        finish_stores();
+    }
+    AmxTiles::set_up(AmxConfiguration{});
+}
+
+// The largest, or the sum, of the lanes of each row.
+template <int64_t Rows, typename Combine>
+GPO_AMX inline __m512 over_keys(__m512 lanes, const Combine& combine) {
+    lanes = combine(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0x4e));
+    return Rows == 8 ? lanes : combine(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0xb1));
+}
+
+// The weights of pairs of keys, with the rows' maxima and totals. Lane i: row i % Rows, key i / Rows of 16 / Rows.
+template <int64_t Rows>
+GPO_AMX inline void weigh_few(const AttentionPiece& piece, FewArrays<Rows>& arrays) {
+    constexpr int64_t kKeys = 16 / Rows;
+    alignas(64) int32_t seen_by[16];
+    alignas(32) std::uint16_t pairs_of[16];
+    for (int64_t i = 0; i < 16; ++i) {
+        const int64_t row = i % Rows, key = i / Rows;
+        seen_by[i] = row < piece.rows ? std::min(piece.visible[row] - piece.first, piece.count) - key : 0;
+        pairs_of[i] = static_cast<std::uint16_t>((i / 2 / Rows * 2 + i % 2) * Rows + i / 2 % Rows);
+    }
+    const __m512i seen = _mm512_load_si512(seen_by);
+    const __m256i together = _mm256_load_si256(reinterpret_cast<const __m256i*>(pairs_of));
+    const __m512 scale = _mm512_set1_ps(piece.softcap > 0 ? 1.0f : piece.scale);
+    __m512 highest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    for (int64_t t = 0; t < piece.count; t += kKeys) {
+        const __mmask16 sees = _mm512_cmpgt_epi32_mask(seen, _mm512_set1_epi32(static_cast<int>(t)));
+        highest = _mm512_mask_max_ps(highest, sees, highest, _mm512_load_ps(arrays.scores + t * Rows));
+    }
+    highest = over_keys<Rows>(highest, [](__m512 a, __m512 b) GPO_AMX { return _mm512_max_ps(a, b); });
+    highest = _mm512_mul_ps(highest, scale);
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t t = 0; t < piece.count; t += kKeys) {
+        const __mmask16 sees = _mm512_cmpgt_epi32_mask(seen, _mm512_set1_epi32(static_cast<int>(t)));
+        const __m512 score = _mm512_load_ps(arrays.scores + t * Rows);
+        const __m512 weight = _mm512_maskz_mov_ps(sees, exp_ps(_mm512_fmsub_ps(score, scale, highest)));
+        total = _mm512_add_ps(total, weight);
+        const __m256i narrow = _mm256_permutexvar_epi16(together, (__m256i)_mm512_cvtneps_pbh(weight));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(arrays.weights + t / 2 * Rows), narrow);
+    }
+    total = over_keys<Rows>(total, [](__m512 a, __m512 b) GPO_AMX { return _mm512_add_ps(a, b); });
+    const __mmask16 there = first_lanes(piece.rows);
+    _mm512_mask_storeu_ps(piece.highest, there, highest);
+    _mm512_mask_storeu_ps(piece.total, there, total);
+}
+
+// Sums of the values of `Used` rows, 32 columns at a time, two keys in one product.
+template <int64_t Rows, int64_t Used>
+GPO_AMX inline void add_few_values(const AttentionPiece& piece, const FewArrays<Rows>& arrays) {
+    const bf16* values = static_cast<const bf16*>(piece.values);
+    for (int64_t d = 0; d < piece.dim; d += 32) {
+        const __mmask32 inside = first_halves(piece.dim - d);
+        __m512 low[Used], high[Used];  // of each 8 columns the first and the last 4
+        for (int64_t r = 0; r < Used; ++r) low[r] = high[r] = _mm512_setzero_ps();
+        for (int64_t t = 0; t < piece.count; t += 2) {
+            const bool both = t + 1 < piece.count;
+            const __m512i even = _mm512_maskz_loadu_epi16(inside, values + arrays.places[t] + d);
+            const __m512i odd = _mm512_maskz_loadu_epi16(both ? inside : 0, values + arrays.places[t + both] + d);
+            const __m512bh first = as_bf16(_mm512_unpacklo_epi16(even, odd));
+            const __m512bh second = as_bf16(_mm512_unpackhi_epi16(even, odd));
+            const pair* weights = arrays.weights + t / 2 * Rows;
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < Used; ++r) {
+                const __m512bh weight = as_bf16(_mm512_set1_epi32(static_cast<int>(weights[r])));
+                low[r] = _mm512_dpbf16_ps(low[r], weight, first);
+                high[r] = _mm512_dpbf16_ps(high[r], weight, second);
+            }
+        }
+        const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
+        for (int64_t r = 0; r < Used; ++r) {
+            float* to = piece.sum + r * piece.padded + d;
+            _mm512_storeu_ps(to, _mm512_permutex2var_ps(low[r], front, high[r]));
+            if (d + 16 < piece.padded) _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(low[r], back, high[r]));
+        }
+    }
+}
+
+template <int64_t Rows>
+GPO_AMX inline void attend_few(const AttentionPiece& piece, Scratch& scratch) {
+    FewArrays<Rows> arrays(piece, scratch);
+    find_keys(piece, arrays.places);
+    pack_few_queries(piece, arrays);
+    score_few_keys(piece, arrays);
+    if (piece.softcap > 0) cap_scores(piece, piece.count * Rows, arrays.scores);
+    weigh_few(piece, arrays);
+    switch (piece.rows) {
+        case Rows - 3:
+            return add_few_values<Rows, Rows - 3>(piece, arrays);
+        case Rows - 2:
+            return add_few_values<Rows, Rows - 2>(piece, arrays);
+        case Rows - 1:
+            return add_few_values<Rows, Rows - 1>(piece, arrays);
+        default:
+            return add_few_values<Rows, Rows>(piece, arrays);
+    }
+}
+
 GPO_AMX inline void attend_bfloat16(const AttentionPiece& piece) {
     static thread_local Scratch scratch;
+    if (piece.rows <= 4) return attend_few<4>(piece, scratch);
+    if (piece.rows <= kFewRows) return attend_few<8>(piece, scratch);
     PieceArrays arrays(piece, scratch);
-    find_keys(piece, arrays);
+    find_keys(piece, arrays.places);
     pack_queries(piece, arrays);
     score_keys(piece, arrays);
-    if (piece.softcap > 0) cap_scores(piece, arrays);
+    if (piece.softcap > 0) cap_scores(piece, piece.count * arrays.rows, arrays.scores);
     for (int64_t r = 0; r < arrays.rows; r += 16) weigh(piece, arrays, r);
     transpose_values(piece, arrays);
     for (int64_t d = 0; d < arrays.dim; d += 32)

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kMostRows = 192;     // rows of a task: their left operand stays in the second cache ...
 constexpr int64_t kMostWideRows = 96;  // ... also where it is float32
+constexpr int64_t kBlockRows = 128;    // rows that a thread takes from one attention to the next
 constexpr int64_t kTileRows = 16;      // a multiple of what kernels take together, or nearly so
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -61,26 +62,30 @@ void pack_panels(const uint32_t* weight, int64_t outputs, int64_t words, uint32_
     });
 }
 
-void Decoder::Rows::shape(int64_t rows, int64_t row_width, bool with_narrow) {
+void Decoder::Rows::shape(int64_t rows, int64_t row_width, bool is_narrow) {
     width = row_width;
-    values.resize(rows * row_width);
-    narrow.resize(with_narrow ? rows * row_width : 0);
+    values.resize(is_narrow ? 0 : rows * row_width);
+    narrow.resize(is_narrow ? rows * row_width : 0);
 }
 
-void Decoder::Rows::publish(int64_t i, int64_t first, int64_t count) {
-    if (!narrow.empty()) kernels().narrow(row(i) + first, count, narrow.data() + i * width + first);
+void Decoder::Rows::put(int64_t i, int64_t first, int64_t count, const float* from) {
+    if (narrow.empty()) {
+        std::memcpy(values.data() + i * width + first, from, count * sizeof(float));
+    } else {
+        kernels().narrow(from, count, narrow.data() + i * width + first);
+    }
 }
 
 // out [rows, 64]: rows of the left operand times one panel.
 void Decoder::tile(const PackedLinear& linear, Rows& left, int64_t panel, int64_t row, int64_t rows, float* out) const {
     const int64_t depth = linear.inputs, elements = panel * depth * kPanelColumns;
+    const float* values = left.narrow.empty() ? left.values.data() + row * left.width : nullptr;
     if (is_bfloat16_) {
-        kernels().multiply_panel(left.row(row), left.narrow.empty() ? nullptr : left.narrow.data() + row * left.width,
-                                 left.width, rows, static_cast<const uint16_t*>(linear.panels) + elements, depth, out,
-                                 kPanelColumns);
+        kernels().multiply_panel(values, values ? nullptr : left.narrow.data() + row * left.width, left.width, rows,
+                                 static_cast<const uint16_t*>(linear.panels) + elements, depth, out, kPanelColumns);
     } else {
-        kernels().multiply(left.row(row), left.width, rows, static_cast<const float*>(linear.panels) + elements,
-                           kPanelColumns, depth, kPanelColumns, out, kPanelColumns, false);
+        kernels().multiply(values, left.width, rows, static_cast<const float*>(linear.panels) + elements, kPanelColumns,
+                           depth, kPanelColumns, out, kPanelColumns, false);
     }
     if (!linear.bias) return;
     const int64_t first = panel * kPanelColumns, count = std::min<int64_t>(kPanelColumns, linear.outputs - first);
@@ -88,9 +93,9 @@ void Decoder::tile(const PackedLinear& linear, Rows& left, int64_t panel, int64_
         for (int64_t j = 0; j < count; ++j) out[i * kPanelColumns + j] += linear.bias[first + j];
 }
 
-void Decoder::norm_row(const float* x, const float* weight, int64_t row) {
-    kernels().rms_norm(x, weight, width_, epsilon_, is_bfloat16_, normed_.row(row));
-    normed_.publish(row, 0, width_);
+void Decoder::norm_row(const float* x, const float* weight, int64_t row, float* scratch) {
+    kernels().rms_norm(x, weight, width_, epsilon_, is_bfloat16_, scratch);
+    normed_.put(row, 0, width_, scratch);
 }
 
 // In the row's q, k, v: norms and rotary positions; keys and values into the pool.
@@ -127,77 +132,108 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
     activated_.shape(rows, inner, narrow);
     qkv_.resize(rows * qkv_width);
 
+    // Blocks of rows for all threads alike, or none.
+    const int64_t blocks = ceil_div(ceil_div(rows, kBlockRows), threads) * threads;
+    const int64_t block = ceil_div(ceil_div(rows, blocks), kTileRows) * kTileRows;
+    const bool in_blocks = rows >= threads * kBlockRows;
+
     Barrier barrier(threads);
     Tasks tasks[2];  // of this phase and of the next
     run_parallel(threads, [&](int thread) {
         const KernelScope scope;
         std::vector<float> first(kMostRows * kPanelColumns), second(kMostRows * kPanelColumns);
+        std::vector<float> whole_row(std::max(width_, heads_width));
         int phase = 0;
         // All of `count` tasks, then wait for the other threads.
-        const auto each = [&](int64_t count, const auto& work) {
+        const auto together = [&](int64_t count, const auto& work) {
             int64_t task;
             while (tasks[phase % 2].take(count, task)) work(task);
             if (thread == 0) tasks[(phase + 1) % 2].reset();
             barrier.wait();
             ++phase;
         };
-        // out(row, rows, panel) for every block of rows and every panel.
-        const auto each_tile = [&](int64_t num_rows, int64_t panels, const auto& work) {
-            const ProductTasks product(num_rows, panels, narrow ? kMostRows : kMostWideRows, threads);
-            each(product.count(), [&](int64_t task) { product.run(task, work); });
+        const auto alone = [](int64_t count, const auto& work) {
+            for (int64_t task = 0; task < count; ++task) work(task);
+        };
+        // work(row, rows, panel) for every block of the rows [start, start + count) and every panel of a weight.
+        const auto each_tile = [&](const auto& each, int64_t start, int64_t count, int64_t outputs, const auto& work) {
+            const ProductTasks product(count, num_panels(outputs), narrow ? kMostRows : kMostWideRows, threads);
+            each(product.count(), [&](int64_t task) {
+                product.run(task, [&](int64_t row, int64_t size, int64_t panel) { work(start + row, size, panel); });
+            });
         };
         // x += left W, the product rounded first.
-        const auto add_product = [&](const PackedLinear& linear, Rows& left) {
-            each_tile(rows, num_panels(linear.outputs), [&](int64_t row, int64_t count, int64_t panel) {
-                tile(linear, left, panel, row, count, first.data());
+        const auto add_product = [&](const auto& each, int64_t start, int64_t count, const PackedLinear& linear,
+                                     Rows& left) {
+            each_tile(each, start, count, linear.outputs, [&](int64_t row, int64_t size, int64_t panel) {
+                tile(linear, left, panel, row, size, first.data());
                 const int64_t column = panel * kPanelColumns;
                 const int64_t columns = std::min<int64_t>(kPanelColumns, linear.outputs - column);
-                if (is_bfloat16_) kernels().round_values(first.data(), count * kPanelColumns);
-                for (int64_t i = 0; i < count; ++i)
+                if (is_bfloat16_) kernels().round_values(first.data(), size * kPanelColumns);
+                for (int64_t i = 0; i < size; ++i)
                     kernels().add(batch.x + (row + i) * width_ + column, first.data() + i * kPanelColumns, columns,
                                   is_bfloat16_);
             });
         };
-        for (const DecoderLayer& layer : layers_) {
-            each(rows, [&](int64_t row) { norm_row(batch.x + row * width_, layer.input_norm, row); });
-            each_tile(rows, num_panels(qkv_width), [&](int64_t row, int64_t count, int64_t panel) {
-                tile(layer.qkv, normed_, panel, row, count, first.data());
+        const auto before_attention = [&](const auto& each, int64_t start, int64_t count, const DecoderLayer& layer) {
+            each(count, [&](int64_t i) {
+                norm_row(batch.x + (start + i) * width_, layer.input_norm, start + i, whole_row.data());
+            });
+            each_tile(each, start, count, qkv_width, [&](int64_t row, int64_t size, int64_t panel) {
+                tile(layer.qkv, normed_, panel, row, size, first.data());
                 const int64_t column = panel * kPanelColumns;
                 const int64_t columns = std::min<int64_t>(kPanelColumns, qkv_width - column);
-                for (int64_t i = 0; i < count; ++i)
+                for (int64_t i = 0; i < size; ++i)
                     std::memcpy(qkv_.data() + (row + i) * qkv_width + column, first.data() + i * kPanelColumns,
                                 columns * sizeof(float));
             });
-            each(rows, [&](int64_t row) { project_heads(layer, batch, shape, row); });
-            each(plan.num_pieces(),
-                 [&](int64_t piece) { plan.attend(piece, qkv_.data(), qkv_width, layer.keys, layer.values); });
-            each(rows, [&](int64_t row) {
-                plan.merge(row, attended_.row(row));
-                if (is_bfloat16_) kernels().round_values(attended_.row(row), heads_width);
-                attended_.publish(row, 0, heads_width);
+            each(count, [&](int64_t i) { project_heads(layer, batch, shape, start + i); });
+        };
+        const auto after_attention = [&](const auto& each, int64_t start, int64_t count, const DecoderLayer& layer) {
+            each(count, [&](int64_t i) {
+                plan.merge(start + i, whole_row.data());
+                if (is_bfloat16_) kernels().round_values(whole_row.data(), heads_width);
+                attended_.put(start + i, 0, heads_width, whole_row.data());
             });
-            add_product(layer.output, attended_);
-            each(rows, [&](int64_t row) { norm_row(batch.x + row * width_, layer.attention_norm, row); });
-            each_tile(rows, num_panels(inner), [&](int64_t row, int64_t count, int64_t panel) {
-                tile(layer.gate, normed_, panel, row, count, first.data());
-                tile(layer.up, normed_, panel, row, count, second.data());
+            add_product(each, start, count, layer.output, attended_);
+            each(count, [&](int64_t i) {
+                norm_row(batch.x + (start + i) * width_, layer.attention_norm, start + i, whole_row.data());
+            });
+            each_tile(each, start, count, inner, [&](int64_t row, int64_t size, int64_t panel) {
+                tile(layer.gate, normed_, panel, row, size, first.data());
+                tile(layer.up, normed_, panel, row, size, second.data());
                 if (is_bfloat16_) {
-                    kernels().round_values(first.data(), count * kPanelColumns);
-                    kernels().round_values(second.data(), count * kPanelColumns);
+                    kernels().round_values(first.data(), size * kPanelColumns);
+                    kernels().round_values(second.data(), size * kPanelColumns);
                 }
                 const int64_t column = panel * kPanelColumns;
                 const int64_t columns = std::min<int64_t>(kPanelColumns, inner - column);
-                for (int64_t i = 0; i < count; ++i) {
-                    kernels().silu_times(first.data() + i * kPanelColumns, second.data() + i * kPanelColumns, columns,
-                                         is_bfloat16_, activated_.row(row + i) + column);
-                    activated_.publish(row + i, column, columns);
+                for (int64_t i = 0; i < size; ++i) {
+                    float* gate = first.data() + i * kPanelColumns;
+                    kernels().silu_times(gate, second.data() + i * kPanelColumns, columns, is_bfloat16_, gate);
+                    activated_.put(row + i, column, columns, gate);
                 }
             });
-            add_product(layer.down, activated_);
+            add_product(each, start, count, layer.down, activated_);
+        };
+        // work(each, first row, rows): once with all threads, or for each block with one of them.
+        const auto on_rows = [&](const auto& work) {
+            if (!in_blocks) return work(together, 0, rows);
+            together(ceil_div(rows, block),
+                     [&](int64_t b) { work(alone, b * block, std::min(block, rows - b * block)); });
+        };
+        for (const DecoderLayer& layer : layers_) {
+            on_rows(
+                [&](const auto& each, int64_t start, int64_t count) { before_attention(each, start, count, layer); });
+            together(plan.num_pieces(),
+                     [&](int64_t piece) { plan.attend(piece, qkv_.data(), qkv_width, layer.keys, layer.values); });
+            on_rows(
+                [&](const auto& each, int64_t start, int64_t count) { after_attention(each, start, count, layer); });
         }
         if (batch.num_selected == 0) return;
-        each(batch.num_selected, [&](int64_t i) { norm_row(batch.x + batch.selected[i] * width_, final_norm_, i); });
-        each_tile(batch.num_selected, num_panels(head_.outputs), [&](int64_t row, int64_t count, int64_t panel) {
+        together(batch.num_selected,
+                 [&](int64_t i) { norm_row(batch.x + batch.selected[i] * width_, final_norm_, i, whole_row.data()); });
+        each_tile(together, 0, batch.num_selected, head_.outputs, [&](int64_t row, int64_t count, int64_t panel) {
             tile(head_, normed_, panel, row, count, first.data());
             const int64_t column = panel * kPanelColumns;
             const int64_t columns = std::min<int64_t>(kPanelColumns, head_.outputs - column);

@@ -3,7 +3,9 @@
 //   h = norm(x) W_qkv (+ b);  q, k = rotate(head norm of q and k where there is one);  K, V to their slots
 //   x += attention(q) W_o;    x += (silu(norm(x) W_gate) * norm(x) W_up) W_down;    logits = norm(x) W_head
 //
-// A whole pass is one parallel region; its phases are separated by barriers. In a bfloat16 model, values are rounded
+// A whole pass is one parallel region. Of few rows every phase is shared by the threads and ends with a barrier: a
+// weight is read from memory by one thread, for all rows. Many rows are cut into blocks; a thread takes a block from
+// one attention to the next, so that its activations stay in that core's cache. In a bfloat16 model, values are rounded
 // where transformers' modules round, except that the logits stay float32.
 #pragma once
 
@@ -60,16 +62,16 @@ class Decoder {
     int64_t vocabulary() const { return head_.outputs; }
 
   private:
-    // A left operand: float32, and bfloat16 where the kernels want it.
+    // A left operand: bfloat16 where the kernels want it so, else float32.
     struct Rows {
         std::vector<float> values;
         std::vector<uint16_t> narrow;
         int64_t width = 0;
-        void shape(int64_t rows, int64_t row_width, bool with_narrow);
-        float* row(int64_t i) { return values.data() + i * width; }
-        void publish(int64_t i, int64_t first, int64_t count);
+        void shape(int64_t rows, int64_t row_width, bool is_narrow);
+        // Columns [first, first + count) of row i.
+        void put(int64_t i, int64_t first, int64_t count, const float* from);
     };
-    void norm_row(const float* x, const float* weight, int64_t row);
+    void norm_row(const float* x, const float* weight, int64_t row, float* scratch);
     void project_heads(const DecoderLayer& layer, const DecoderBatch& batch, const AttentionShape& shape, int64_t row);
     void tile(const PackedLinear& linear, Rows& left, int64_t panel, int64_t row, int64_t rows, float* out) const;
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gpo_fast import _C
 from gpo_fast.rollout.attention import KVPool, attention_plan
-from gpo_fast.rollout.memory import Arena
+from gpo_fast.rollout.memory import Arena, Reused
 from gpo_fast.rollout.segments import Segments
 
 ARCHITECTURES = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"}
@@ -82,6 +82,7 @@ class PackedDecoder:
         self._vectors: list[tuple[Any, Tensor]] = []  # norms as float32, and the modules that they are copies of
         self._packed: list[Packed] = []
         self._arena = Arena()
+        self._logits = Reused()
         self._cos = self._sin = torch.zeros(0, pool.keys.shape[-1])  # of the positions met so far
         self._core = _C.Decoder(
             width=config.hidden_size, norm_epsilon=config.rms_norm_eps, is_bfloat16=self.dtype == torch.bfloat16
@@ -134,7 +135,7 @@ class PackedDecoder:
         self._grow_angles(int(positions.max()) + 1)
         at = torch.from_numpy(positions)
         cos, sin = self._cos[at], self._sin[at]  # [N, head size]
-        logits = torch.empty(len(selected), self.head.outputs)
+        logits = self._logits.empty(len(selected) * self.head.outputs, torch.float32).view(-1, self.head.outputs)
         self._core.forward(
             plan=attention_plan(segments, len(tokens), self.pool, self.heads, self.scale),
             x=x.data_ptr(),

@@ -13,6 +13,7 @@ import torch
 from gpo_fast.bench import gpu
 from gpo_fast.bench.common import mean_interval
 from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
+from gpo_fast.bench.loop_plane import SCHEMES, STEP_TOKENS, Prompt, World, progress
 from gpo_fast.bench.loop_price import FullVocabularyTrainer, PlainEngine, Size, StepClock, Way, our_trainer
 from gpo_fast.bench.loop_study import Study, studies
 from gpo_fast.bench.loop_tasks import Task, character_tokenizer, solved
@@ -110,6 +111,35 @@ def test_a_run_is_recorded_once_and_its_clock_leaves_evaluation_out(tmp_path: Pa
     json.dumps(result)
     with pytest.raises(ValueError, match="unknown algorithm 'gppo'"):
         Trial(Task("chain_sum", 2), "gppo", 0, 0.1, 1.0)
+
+
+@pytest.mark.parametrize("pivotal", [False, True])
+def test_the_planes_world_is_what_it_says(pivotal: bool) -> None:
+    rng = np.random.default_rng(0)
+    world = World(6, 0.3, pivotal)
+    solved_chains = [world.outcomes(rng, world.chain(rng), 1).all() for _ in range(4000)]
+    assert abs(np.mean(solved_chains) - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 4000)
+    prompts = [Prompt(world, SCHEMES["GRPO, 8"], rng, price=2.0, hit=1.0) for _ in range(3000)]
+    mean = np.mean([p.gradient for p in prompts], axis=0)
+    assert world.gradient @ mean > 0.9 * np.linalg.norm(world.gradient) * np.linalg.norm(mean)
+    sampled = 8 * 6 * STEP_TOKENS
+    assert {p.tokens for p in prompts} == {sampled, 3 * sampled}  # those with equal rewards are not trained on
+    assert all(p.gradient.any() == (p.tokens > sampled) for p in prompts)
+
+
+def test_the_plane_counts_what_a_search_samples() -> None:
+    """All fail from a lost state, so that a reset after the mistake costs tokens and teaches nothing."""
+    world = World(4, 0.2, pivotal=False)
+    cost = {}
+    for name in ("GRPO, 8", "uniform", "racing", "bisect", "random", "proposal", "proposal, every group"):
+        rng = np.random.default_rng(1)
+        cost[name] = np.mean([Prompt(world, SCHEMES[name], rng, 1.0, 0.9).tokens for _ in range(300)])
+    assert cost["GRPO, 8"] < min(cost["random"], cost["proposal"]) < cost["proposal, every group"]
+    assert max(cost["random"], cost["proposal"]) < cost["bisect"] < cost["uniform"]
+    assert cost["racing"] < cost["uniform"]
+    assert progress(world, SCHEMES["GRPO, 8"], 500, 1.0, 0.9, seed=0) > progress(
+        world, SCHEMES["uniform"], 500, 1.0, 0.9, seed=0
+    )
 
 
 def test_the_readme_shows_the_committed_results() -> None:

@@ -372,7 +372,7 @@ def test_adapters_conversations_async_rewards_and_checkpoints(tmp_path: Path) ->
         ({"multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize"),
         ({"estimator": "bisect"}, "needs criterion='min'"),
         ({"estimator": "races"}, "estimator must be one of"),
-        ({"search": "all"}, "search must be one of mixed, got 'all'"),
+        ({"search": "all"}, "search must be one of mixed, worst, got 'all'"),
         ({"packing": "tree", "use_fused_head": False}, "packing='tree' needs use_rollout_engine=True"),
         ({"packing": "tree", "use_gpo": False, "repetition_penalty": 1.1}, "packing='tree' needs the rollout engine"),
         ({"packing": "tree", "cast_lm_head_to_fp32": True}, "packing='tree' needs the fused head"),

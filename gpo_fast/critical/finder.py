@@ -145,7 +145,7 @@ class CriticalStepFinder:
         self._check_range([*own, *(r for root in roots for r in root)])
         runner = RoundRunner(self.engine, runs, request, score, ahead=self.ahead and self.estimator == "racing")
         # A search of one round has nothing to gain from a stream.
-        if self.estimator in ("uniform", "posterior") or not hasattr(self.engine, "stream"):
+        if issubclass(_SEARCHES[self.estimator], UniformSearch) or not hasattr(self.engine, "stream"):
             runner.run_in_step()
         else:
             runner.run_streaming()

@@ -191,6 +191,21 @@ def test_a_search_does_not_depend_on_how_it_is_run(estimator: str) -> None:
     assert results[0] == results[1] == results[2]
 
 
+def test_few_continuations_are_drawn_in_one_round() -> None:
+    world = exact.pivotal(6)
+    drawn = exact.trajectories(exact.ChainBackend(world), 20, seed=1, outcome=0.0)
+
+    def found(estimator: str, count: int, **options):
+        backend = exact.StreamingChainBackend(world, max_batch_size=400)
+        return finder(backend, n_samples=4, estimator=estimator, criterion="min", **options).find(drawn[:count])
+
+    few, posterior = found("racing", 2), found("posterior", 2)
+    assert [f.continuation_rewards for f in few] == [f.continuation_rewards for f in posterior]
+    assert [(f.index, f.num_rounds) for f in few] == [(f.index, 1) for f in posterior]
+    assert max(f.num_rounds for f in found("racing", 2, ahead=False)) > 1
+    assert sum(f.rollouts_saved for f in found("racing", 20)) > 0
+
+
 def test_what_can_no_longer_win_is_cancelled() -> None:
     world = exact.pivotal(6)
     backend = exact.StreamingChainBackend(world, max_batch_size=400)

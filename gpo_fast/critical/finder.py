@@ -20,6 +20,7 @@ from gpo_fast.steps import Step, StepSplitter
 
 OutcomeReward = Callable[[Sequence[Completion]], Sequence[float]]
 
+ONE_ROUND = 128  # continuations that an engine draws sooner at once than in rounds of a part of them
 _SEARCHES: dict[str, type[Search]] = {
     "uniform": UniformSearch,
     "posterior": PosteriorSearch,
@@ -60,8 +61,9 @@ class CriticalStepFinder:
         proposal: orders the search of "racing" and "bisect", and decides only with the estimator "proposal":
             "logprob", "entropy", "gradient" or a function `(completions, steps) -> scores of each trajectory's steps`
             (`proposals`).
-        ahead: let "racing" begin next rounds early where the engine has little to do (some more tokens, less time
-            where few trajectories are searched at once).
+        ahead: let "racing" sample more than it must where the engine has little to do: begin next rounds early, and
+            take all of a uniform search's continuations in one round if they are at most 128. More tokens, less time
+            where few trajectories are searched at once.
         seed: first seed of the search; every state of every trajectory has streams of its own.
 
     Raises:
@@ -128,11 +130,11 @@ class CriticalStepFinder:
             raise ValueError(f"{len(completions)} completions, {len(own)} rewards, {len(roots)} root values")
         steps = [self._split(c) for c in trajectories]
         scores = self.proposal(trajectories, steps) if self.proposal else [None] * len(steps)
-        runs = []
-        for row in range(len(trajectories)):
-            problem = self._problem(trajectories[row], steps[row], own[row], roots[row], row)
-            problem.proposal = scores[row]
-            runs.append(SearchRun(_SEARCHES[self.estimator](problem), row, copies=self._copies))
+        problems = [self._problem(*known, row) for row, known in enumerate(zip(trajectories, steps, own, roots))]
+        for problem, score_of_steps in zip(problems, scores):
+            problem.proposal = score_of_steps
+        search = self._search_of(problems)
+        runs = [SearchRun(search(problem), row, copies=self._copies) for row, problem in enumerate(problems)]
 
         def request(run: SearchRun, state: int, count: int) -> Request:
             return self._request(trajectories[run.row], run, steps[run.row][state].start, state, count)
@@ -143,13 +145,21 @@ class CriticalStepFinder:
             return outcomes
 
         self._check_range([*own, *(r for root in roots for r in root)])
-        runner = RoundRunner(self.engine, runs, request, score, ahead=self.ahead and self.estimator == "racing")
+        runner = RoundRunner(self.engine, runs, request, score, ahead=self.ahead and search is RacingSearch)
         # A search of one round has nothing to gain from a stream.
-        if issubclass(_SEARCHES[self.estimator], UniformSearch) or not hasattr(self.engine, "stream"):
+        if issubclass(search, UniformSearch) or not hasattr(self.engine, "stream"):
             runner.run_in_step()
         else:
             runner.run_streaming()
         return [self._result(run, steps[run.row]) for run in runs]
+
+    def _search_of(self, problems: Sequence[SearchProblem]) -> type[Search]:
+        """The estimator's search; in place of racing one round of all that it may sample, where that is not much."""
+        search = _SEARCHES[self.estimator]
+        if search is RacingSearch and self.ahead:
+            most = sum(sum(search(problem).most_rollouts().values()) for problem in problems)
+            return PosteriorSearch if self._copies * most <= ONE_ROUND else search
+        return search
 
     def most_tokens(self, completion: Completion, *, root_is_known: bool = True) -> int:
         """The most tokens that a search of this trajectory may take, at the trajectory's own remaining length."""

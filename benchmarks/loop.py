@@ -41,6 +41,7 @@ def main() -> None:
     gain.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "gpo-proposal", "random"])
     gain.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     gain.add_argument("--seconds", type=float, default=60.0, help="training time of each run")
+    gain.add_argument("--learning-rate", type=float, default=3e-4)
     gain.add_argument("--folder", type=Path, default=Path("runs/gain"))
     plane = commands.add_parser("plane", help="progress per token over difficulty, length, pivotal or even")
     plane.add_argument("--prompts", type=int, default=2000, help="drawn in each cell")
@@ -66,7 +67,7 @@ def gain_trials(arguments: argparse.Namespace) -> list[Trial]:
     """Seed by seed, so that a study that is cut off has as many whole seeds as possible."""
     tasks = [Task(name, arguments.steps) for name in arguments.tasks]
     return [
-        Trial(task, algorithm, seed, arguments.start, arguments.seconds)
+        Trial(task, algorithm, seed, arguments.start, arguments.seconds, learning_rate=arguments.learning_rate)
         for seed, task, algorithm in product(arguments.seeds, tasks, arguments.algorithms)
     ]
 

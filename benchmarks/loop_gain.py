@@ -55,6 +55,7 @@ class Trial:
     start: float  # solve rate at which the warm-up ends
     seconds: float  # of training
     evaluations: int = 5  # after equal parts of the time, and one before
+    learning_rate: float = 3e-4
     problems: int = 512  # held-out ones, one sample each at temperature 1
 
     def __post_init__(self) -> None:
@@ -147,7 +148,7 @@ def settings(trial: Trial, output: Path) -> GPOConfig:
         "criterion": "min",
         "max_batch_size": 256,
         "kv_cache_memory": 64 << 20,
-        "learning_rate": 3e-4,
+        "learning_rate": trial.learning_rate,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 5,
         "max_grad_norm": 1.0,

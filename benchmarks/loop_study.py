@@ -16,6 +16,7 @@ Record = dict[str, Any]  # as loop_gain.run gives it
 CONTROL = "random"
 GOAL = 0.5  # share of the base's time in which its final accuracy is to be reached
 AXES = {"seconds": "training time (s)", "tokens": "sampled tokens", "steps": "optimiser steps"}
+COMPARED = ("task", "start", "learning_rate", "seconds", "evaluations", "problems", "clock")  # equal where compared
 GRID = 200  # points of a mean curve
 
 
@@ -32,12 +33,13 @@ class Study:
         for record in records:
             self.by_algorithm[record["algorithm"]][record["seed"]] = record
         first = records[0]
-        self.seconds, self.start = first["seconds"], first["start"]
+        self.seconds, self.start, self.learning_rate = first["seconds"], first["start"], first["learning_rate"]
         self.task = Task(**first["task"])
 
     @property
     def title(self) -> str:
-        return f"{self.task.label}, {self.start:.0%} at the start, {self.seconds:g} s each"
+        rate = f"learning rate {self.learning_rate:g}"
+        return f"{self.task.label}, {self.start:.0%} at the start, {rate}, {self.seconds:g} s each"
 
     def accuracy(self, algorithm: str, axis: str, at: float) -> list[float]:
         """Accuracy of each seed where the axis has the value `at`, between two measurements in a straight line."""
@@ -95,7 +97,7 @@ def studies(records: Iterable[Record]) -> list[Study]:
     """The records that may be compared, together."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        key = {name: record[name] for name in ("task", "start", "seconds", "evaluations", "problems", "clock")}
+        key = {name: record[name] for name in COMPARED}
         groups[repr(key)].append(record)
     return [Study(group) for group in groups.values()]
 

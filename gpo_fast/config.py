@@ -69,7 +69,7 @@ class GPOConfig(TrainingArguments):
     loss_type: str = _option(
         "grpo",
         f"Base algorithm's loss: one of {', '.join(LOSS_TYPES)}. With {', '.join(PREFERENCE_LOSSES)} each iteration "
-        "pairs completions of one critical state (of one prompt without use_gpo) and trains on the pairs.",
+        "pairs completions of one state, the prompt or a critical one, and trains on the pairs.",
     )
     num_generations: int = _option(8, "Completions sampled for each prompt.")
     max_completion_length: int = _option(256, "Longest completion in tokens.")

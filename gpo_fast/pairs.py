@@ -1,6 +1,6 @@
 """Preference pairs from completions of one state: Procedure II of GPO (arXiv 2509.16456), and its plain counterpart.
 
-With GPO the state is a critical one; without, it is a prompt.
+The state is a prompt or, with GPO, also a critical one.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 What comes out is ordinary experience for an unchanged policy-gradient algorithm. Rollouts from a critical step
 form a group of their own: they share the state s_m, so their mean reward is the baseline of that state. For a
-preference loss (Procedure II) the groups are paired instead.
+preference loss (Procedure II) each group is paired within itself instead, the prompt's as well as the critical step's.
 """
 
 from __future__ import annotations
@@ -114,13 +114,11 @@ class GuidedSampler:
         searched: list[_Searched] = []
         if config.use_gpo:
             searched = self._choose_searched(base, rows)
-            reset_groups: list[list[TrainingRow]] = []
             if searched:
                 with timer("search"):
                     self._search(searched, examples, base.rewards, seeds[-1], timer)
                 with timer("reset"):
-                    reset_groups = self._reset(searched, examples, seeds, forest, timer)
-            groups = reset_groups if config.learns_from_pairs else groups + reset_groups
+                    groups += self._reset(searched, examples, seeds, forest, timer)
         rows = self._trained(groups)
         return Experience(
             rows,
@@ -333,7 +331,7 @@ class GuidedSampler:
 
     def _has_resets(self, critical: CriticalStep) -> bool:
         """Whether the group's own rollouts start at the critical step, so that reuse leaves nothing to sample."""
-        return self.config.reuse != "none" and critical.token_position == 0 and not self.config.learns_from_pairs
+        return self.config.reuse != "none" and critical.token_position == 0
 
     def _reset_group(self, s: _Searched, forest: TokenForest) -> list[TrainingRow]:
         """The rows of one critical step."""

@@ -68,7 +68,7 @@ def record(algorithm: str, seed: int, accuracies: list[float], tokens: float = 1
         {"seconds": float(i), "steps": 2 * i, "tokens": tokens * i, "rollouts": i, "accuracy": a}
         for i, a in enumerate(accuracies)
     ]
-    shared = {"task": {"name": "chain_sum", "steps": 4}, "start": 0.1, "evaluations": 4}
+    shared = {"task": {"name": "chain_sum", "steps": 4}, "start": 0.1, "evaluations": 4, "learning_rate": 3e-4}
     return {
         **shared,
         "algorithm": algorithm,

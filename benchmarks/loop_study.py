@@ -108,6 +108,7 @@ def plot(all_studies: Sequence[Study], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     size = (4.2 * len(AXES), 3.2 * len(all_studies))
     figure, cells = pyplot.subplots(len(all_studies), len(AXES), figsize=size, squeeze=False, sharey="row")
@@ -120,6 +121,8 @@ def plot(all_studies: Sequence[Study], path: Path) -> None:
                 low, high = [i.low for i in intervals], [i.high for i in intervals]
                 cell.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
             cell.set_xlabel(label)
+            if axis == "tokens":
+                cell.xaxis.set_major_formatter(EngFormatter(sep=""))
             cell.grid(alpha=0.3)
         row[0].set_ylabel("held-out accuracy")
         row[0].set_title(study.title, loc="left", fontsize=9)

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union
 import yaml
 from transformers import TrainingArguments
 
-from gpo_fast.critical.finder import check_options
+from gpo_fast.critical.finder import ESTIMATORS, check_options
 from gpo_fast.rollout.types import SamplingParams
 from gpo_fast.steps import METHODS, StepSplitter
 
@@ -166,7 +166,7 @@ class GPOConfig(TrainingArguments):
         one_of("loss_type", self.loss_type, LOSS_TYPES)
         one_of("criterion", self.criterion, ("max", "min", "abs"))
         one_of("reset", self.reset, ("before", "after"))
-        one_of("estimator", self.estimator, ("uniform", "posterior", "racing", "bisect", "random", "proposal"))
+        one_of("estimator", self.estimator, ESTIMATORS)
         one_of("reuse", self.reuse, ("none", "split", "all"))
         if not callable(self.step_splitter):
             one_of("step_splitter", self.step_splitter, METHODS)

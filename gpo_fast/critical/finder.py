@@ -29,6 +29,7 @@ _SEARCHES: dict[str, type[Search]] = {
     "random": RandomChoice,
     "proposal": ProposedChoice,
 }
+ESTIMATORS = tuple(_SEARCHES)
 
 
 class CriticalStepFinder:
@@ -285,7 +286,7 @@ def check_options(n_samples: int, criterion: str, estimator: str, reset: str, re
     """Raises ValueError for an option of the search that is none of the known ones, or two that do not go together."""
     for name, value, known in (
         ("criterion", criterion, tuple(SCORES)),
-        ("estimator", estimator, tuple(_SEARCHES)),
+        ("estimator", estimator, ESTIMATORS),
         ("reset", reset, ("before", "after")),
         ("reuse", reuse, ("none", "split", "all")),
     ):

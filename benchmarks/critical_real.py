@@ -35,7 +35,7 @@ import transformers
 from gpo_fast.bench.common import Progress, ReadmeRow, Table, finish, parser
 
 from gpo_fast import Completion, CriticalStepFinder, Request, RolloutEngine, SamplingParams, StepSplitter
-from gpo_fast.critical.proposals import GradientScore, Proposal, TokenEntropy, logprob_dip
+from gpo_fast.critical.proposals import FirstMistake, GradientScore, Proposal, TokenEntropy, logprob_dip
 from gpo_fast.data import decode_completion
 from gpo_fast.demo.model import fast_dtype, load_demo_model
 from gpo_fast.demo.run import FULL
@@ -65,6 +65,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 PROPOSALS: dict[str, Callable[[Any], Proposal]] = {
     "logprob alone": lambda model: logprob_dip,
+    "mistake alone": lambda model: FirstMistake(),
     "entropy alone": TokenEntropy,
     "gradient alone": GradientScore,
 }

@@ -105,7 +105,7 @@ def critical(
     criterion: Annotated[str, typer.Option(help="max, min or abs.")] = "max",
     delta: Annotated[float, typer.Option(help="Racing stops when it errs with at most this probability.")] = 0.1,
     proposal: Annotated[
-        str | None, typer.Option(help="Where racing and bisect look first: logprob, entropy or gradient.")
+        str | None, typer.Option(help="Where racing and bisect look first: logprob, mistake, entropy or gradient.")
     ] = None,
     step_splitter: Annotated[str, typer.Option(help=f"What a step is: {', '.join(METHODS)}.")] = "newline",
     step_pattern: Annotated[str | None, typer.Option(help="Regular expression of a step's end, for regex.")] = None,

@@ -17,6 +17,7 @@ import yaml
 from transformers import TrainingArguments
 
 from gpo_fast.critical.finder import ESTIMATORS, check_options
+from gpo_fast.critical.proposals import PROPOSALS
 from gpo_fast.rollout.types import SamplingParams
 from gpo_fast.steps import METHODS, StepSplitter
 
@@ -86,7 +87,11 @@ class GPOConfig(TrainingArguments):
         "proposal scores highest (proposal), or any (random).",
     )
     delta: float = _option(0.1, "Racing stops when another step is better with at most this probability, or before.")
-    proposal: Any = _option(None, "Order of the search by logprob, entropy, gradient or a function; off if not set.")
+    proposal: Any = _option(
+        None,
+        f"Order of the search by {', '.join(PROPOSALS)} or a function; off if not set. The estimator proposal takes "
+        "mistake if not set.",
+    )
     reset: str = _option("before", "Reset to the state before or after the critical step.")
     num_resets: int = _option(4, "Rollouts from each critical step to train on.")
     search: Any = _option(
@@ -173,7 +178,7 @@ class GPOConfig(TrainingArguments):
         if not callable(self.search):
             one_of("search", self.search, ("mixed", "worst", "all"))
         if self.proposal is not None and not callable(self.proposal):
-            one_of("proposal", self.proposal, ("logprob", "entropy", "gradient"))
+            one_of("proposal", self.proposal, PROPOSALS)
         one_of("packing", self.packing, ("tree", "padded"))
         for name, low in _LOWEST.items():
             value = getattr(self, name)

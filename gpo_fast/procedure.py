@@ -116,7 +116,7 @@ class GuidedSampler:
             searched = self._choose_searched(base, rows)
             if searched:
                 with timer("search"):
-                    self._search(searched, examples, base.rewards, seeds[-1], timer)
+                    self._search(searched, base, seeds[-1], timer)
                 with timer("reset"):
                     groups += self._reset(searched, examples, seeds, forest, timer)
         rows = self._trained(groups)
@@ -266,20 +266,21 @@ class GuidedSampler:
     def _search(
         self,
         searched: list[_Searched],
-        examples: Sequence[Example],
-        grouped: np.ndarray,
+        base: BaseRollouts,
         seed: int,
         timer: PhaseTimer,
     ) -> None:
         def outcome(completions: Sequence[Completion]) -> Sequence[float]:
             with timer("reward"):
                 owner = [searched[c.request_index].example for c in completions]
-                return [float(score) for score in self._score(completions, owner, examples)]
+                return [float(score) for score in self._score(completions, owner, base.examples)]
 
-        found = self._finder(outcome, seed).find(
+        finder = self._finder(outcome, seed)
+        finder.learn(base.completions, base.rewards.ravel().tolist())
+        found = finder.find(
             [s.completion for s in searched],
             rewards=[s.reward for s in searched],
-            root_values=[grouped[s.example].tolist() for s in searched],
+            root_values=[base.rewards[s.example].tolist() for s in searched],
         )
         for trajectory, critical in zip(searched, found):
             trajectory.critical = critical

@@ -16,6 +16,7 @@ from gpo_fast import GPOConfig, GPOTrainer, TokenForest
 from gpo_fast.config import LOSS_TYPES, PREFERENCE_LOSSES
 from gpo_fast.critic import FADING, RIDGE, ValueHead, generalized_advantages, monte_carlo_advantages, scale_advantages
 from gpo_fast.critical import CriticalStep
+from gpo_fast.critical.proposals import FirstMistake
 from gpo_fast.experience import TrainingRow
 from gpo_fast.ranks import ALONE
 from gpo_fast.replay import ReplayBuffer
@@ -80,6 +81,13 @@ def test_the_loss_of_the_same_rows_falls(tmp_path: Path, loss_type: str) -> None
         optimizer.zero_grad()
     assert losses[-1] < losses[0] - 1e-3 * abs(losses[0])
     assert losses[1] < losses[0]
+
+
+def test_the_search_learns_from_all_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(FirstMistake, "learn", lambda self, completions, steps, rewards: told.append(rewards))
+    _, experience = collected(tmp_path / "run", estimator="proposal", search="worst")
+    assert told == [[row.reward for row in experience.rows if row.kind == "base"]]
 
 
 # -- preference losses ----------------------------------------------------------------------------------------

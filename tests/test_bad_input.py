@@ -75,7 +75,7 @@ for changes, words in (
     ({"reset": "middle"}, "reset must be one of before, after, got 'middle'"),
     ({"reuse": True}, "reuse must be of the type str, got True"),
     ({"search": "best"}, "search must be one of mixed, worst, all, got 'best'"),
-    ({"proposal": "attention"}, "proposal must be one of logprob, entropy, gradient"),
+    ({"proposal": "attention"}, "proposal must be one of logprob, mistake, entropy, gradient"),
     ({"packing": "trees"}, "packing must be one of tree, padded.*did you mean 'tree'"),
     ({"step_splitter": "newlines"}, "step_splitter must be one of .*did you mean 'newline'"),
     ({"step_splitter": "regex"}, "'regex' needs a pattern"),

@@ -8,10 +8,11 @@ import exact_world as exact
 import numpy as np
 import pytest
 
-from gpo_fast import CriticalStepFinder, RolloutEngine, SamplingParams
-from gpo_fast.critical.proposals import GradientScore, TokenEntropy, logprob_dip
+from gpo_fast import Completion, CriticalStepFinder, RolloutEngine, SamplingParams
+from gpo_fast.critical.proposals import FirstMistake, GradientScore, TokenEntropy, logprob_dip
 from gpo_fast.critical.step import SCORES
 from gpo_fast.critical.value_model import VALUES, _transition, sample_paths
+from gpo_fast.steps import Step
 
 SAMPLING = SamplingParams(max_tokens=exact.MAX_TOKENS)
 
@@ -367,7 +368,7 @@ def test_proposals_of_a_known_model() -> None:
         ({"reuse": "split", "n_samples": 3}, "even, got 3"),
         ({"delta": 0.0}, "between 0 and 1"),
         ({"reward_range": (1, 1)}, "lowest, highest"),
-        ({"proposal": "attention"}, "'logprob', 'entropy'"),
+        ({"proposal": "attention"}, "logprob, mistake, entropy"),
         ({"proposal": "gradient"}, "ChainBackend has none"),
     ],
 )
@@ -405,7 +406,56 @@ def test_a_proposal_alone_samples_nothing_and_takes_its_best_candidate() -> None
     assert {(f.num_rollouts, f.num_tokens) for f in found} == {(0, 0)}
     after = finder(exact.ChainBackend(exact.even()), estimator="proposal", proposal=scores, reset="after").find(drawn)
     assert all(f.index < len(f.steps) - 1 for f in after)
-    surprising = finder(exact.ChainBackend(exact.even()), estimator="proposal").find(drawn)  # by logprob
-    for completion, f in zip(drawn, surprising):
-        dips = [min(completion.logprobs[step.start : step.end]) for step in f.steps]
-        assert dips[f.index] == min(dips)
+
+
+def chains_of(surprises: np.ndarray) -> tuple[list[Completion], list[list[Step]]]:
+    """Chains whose steps are one token each, of the given surprises (n, H)."""
+    tokens = [0] * surprises.shape[1]
+    drawn = [Completion(0, 0, [1], tokens, (-row).tolist(), (-row).tolist(), "stop") for row in surprises]
+    return drawn, [[Step(i, i + 1) for i in range(len(tokens))]] * len(drawn)
+
+
+def test_the_first_mistake_is_told_from_what_follows_it() -> None:
+    drawn, steps = chains_of(np.array([[0.05, 0.1, 1.0, 3.0, 2.0], [0.05, 0.1, 0.05, 3.0, 2.0]]))
+    proposal = FirstMistake()
+    scores = proposal(drawn, steps)
+    right = np.exp(drawn[0].logprobs)
+    truth = [right[:i].prod() * (1 - right[i]) for i in range(5)]
+    np.testing.assert_allclose(scores[0], truth)
+    assert [int(np.argmax(row)) for row in scores] == [2, 3]
+    assert int(np.argmax(logprob_dip(drawn, steps)[0])) == 3
+
+
+@pytest.mark.parametrize("kappa", [0.1, 0.4, 1.5])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 3.0)])
+def test_how_often_a_surprise_is_a_mistake_is_learned_from_outcomes(kappa: float, low: float, high: float) -> None:
+    rng = np.random.default_rng(0)
+    surprises = rng.exponential(0.3 / kappa, size=(4000, 6))
+    drawn, steps = chains_of(surprises)
+    right = rng.random(4000) < np.exp(-kappa * surprises.sum(axis=1))
+    proposal = FirstMistake()
+    proposal.learn(drawn, steps, np.where(right, high, low).tolist())
+    assert proposal.kappa == pytest.approx(kappa, rel=0.1)
+
+
+def test_outcomes_that_say_nothing_leave_the_prior() -> None:
+    drawn, steps = chains_of(np.full((64, 5), 2.0))
+    proposal = FirstMistake()
+    proposal.learn(drawn, steps, [0.0] * 64)
+    assert proposal.kappa == pytest.approx(1.0, rel=0.06)
+
+
+def test_a_search_learns_from_what_it_is_given_unless_it_was_told_more() -> None:
+    backend = exact.ChainBackend(exact.even())
+    drawn = exact.trajectories(backend, 200, seed=0, outcome=None)
+    rng = np.random.default_rng(0)
+    for completion in drawn:
+        completion.logprobs[:] = (-rng.exponential(0.2, len(completion.logprobs))).tolist()
+    alone, told = finder(backend, estimator="proposal"), finder(backend, estimator="proposal")
+    told.learn(drawn, [1.0] * len(drawn))
+    alone.find(drawn)
+    found = told.find(drawn)
+    assert told.proposal.kappa < 0.01 < alone.proposal.kappa
+    for completion, f in zip(drawn, found):
+        (scores,) = told.proposal([completion], [f.steps])
+        assert scores[f.index] == max(scores)

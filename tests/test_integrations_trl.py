@@ -266,6 +266,7 @@ def test_tree_packing_gives_the_loss_and_gradients_of_the_padded_rows(
         {"estimator": "racing", "racing_delta": 0.3, "proposal": "gradient"},
         {"estimator": "bisect", "criterion": "min", "proposal": "entropy"},
         {"estimator": "random", "search": lambda rewards: [int(rewards[0].argmin())]},
+        {"estimator": "proposal", "search": "worst"},
         {"estimator": "uniform", "reuse": "all", "num_samples": 2},
         {"search_budget": 1e-9},
     ],
@@ -278,7 +279,7 @@ def test_every_search_fills_the_rows(tmp_path: Path, changes: dict, packing: str
     found, drawn = [], []
     log, draw = run._log_search, run._from_critical_steps
     run._log_search = lambda steps: (found.extend(steps), log(steps))
-    run._from_critical_steps = lambda *a: drawn.extend(zip(a[0], result := draw(*a))) or result
+    run._from_critical_steps = lambda *a: drawn.extend(zip([a[0][i] for i in a[1]], result := draw(*a))) or result
     run.train()
     expected = 0 if "search_budget" in changes else 1 if callable(changes.get("search")) else 2
     assert len(run._groups) == len(found) == len(drawn) == expected

@@ -49,7 +49,7 @@ class CriticalStepFinder:
             is as sure as "uniform" with this N would be, or has the probability 1 - `delta`. "bisect": a
             heuristic for the step that lost a failing trajectory (criterion "min", reset "before"). "random": no
             search, a step chosen by chance: the control. "proposal": no search, the step that `proposal` scores
-            highest ("logprob" if none is given): a guess for nothing, where success is too rare to be sampled.
+            highest ("mistake" if none is given): a guess for nothing, where success is too rare to be sampled.
         reset: keep the tokens "before" the critical step (the step itself is sampled anew) or "after" it; the last
             step cannot be kept, and a trajectory of one step is always reset to its start.
         reuse: which continuations of the reset state are handed on for training as `CriticalStep.reusable`:
@@ -60,8 +60,8 @@ class CriticalStepFinder:
         delta: "racing" stops when the probability of another step being better is at most this, whatever N.
         reward_range: lowest and highest reward, for the posterior; by default 0 and 1, widened by what is seen.
         proposal: orders the search of "racing" and "bisect", and decides only with the estimator "proposal":
-            "logprob", "entropy", "gradient" or a function `(completions, steps) -> scores of each trajectory's steps`
-            (`proposals`).
+            "logprob", "mistake", "entropy", "gradient" or a function `(completions, steps) -> scores of each
+            trajectory's steps` (`proposals`).
         ahead: let "racing" sample more than it must where the engine has little to do: begin next rounds early, and
             take all of a uniform search's continuations in one round if they are at most 128. More tokens, less time
             where few trajectories are searched at once.
@@ -103,9 +103,17 @@ class CriticalStepFinder:
         self.sampling = sampling or SamplingParams()
         self.delta = delta
         self.reward_range = reward_range
-        self.proposal = named_proposal("logprob" if proposal is None and estimator == "proposal" else proposal, engine)
+        self.proposal = named_proposal("mistake" if proposal is None and estimator == "proposal" else proposal, engine)
         self.ahead = ahead
+        self._has_learned = False
         self.seed = seed
+
+    def learn(self, completions: Sequence[Completion], rewards: Sequence[float]) -> None:
+        """Tells a proposal that learns how rollouts ended, more than `find` is given: good ones and bad ones."""
+        learn = getattr(self.proposal, "learn", None)
+        if learn is not None:
+            learn(completions, [self._split(c) for c in completions], rewards)
+            self._has_learned = True
 
     def find(
         self,
@@ -130,6 +138,8 @@ class CriticalStepFinder:
         if not len(own) == len(roots) == len(completions):
             raise ValueError(f"{len(completions)} completions, {len(own)} rewards, {len(roots)} root values")
         steps = [self._split(c) for c in trajectories]
+        if not self._has_learned:
+            self.learn(trajectories, own)
         scores = self.proposal(trajectories, steps) if self.proposal else [None] * len(steps)
         problems = [self._problem(*known, row) for row, known in enumerate(zip(trajectories, steps, own, roots))]
         for problem, score_of_steps in zip(problems, scores):

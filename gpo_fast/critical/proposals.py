@@ -1,6 +1,7 @@
 """Proposals: cheap scores of a trajectory's steps that say where a search should look first. They never decide.
 
-Each is a function `(completions, steps) -> scores`, a non-negative number for each step of each trajectory.
+Each is a function `(completions, steps) -> scores`, a non-negative number for each step of each trajectory. One that
+has a method `learn(completions, steps, rewards)` is told first how the rollouts at hand ended.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpo_fast.rollout.types import Completion
 from gpo_fast.steps import Step
 
+PROPOSALS = ("logprob", "mistake", "entropy", "gradient")
 Proposal = Callable[[Sequence[Completion], Sequence[Sequence[Step]]], Sequence[Sequence[float]]]
 
 
@@ -21,6 +24,43 @@ def logprob_dip(completions: Sequence[Completion], steps: Sequence[Sequence[Step
     return [
         [-min(c.logprobs[s.start : s.end], default=0.0) for s in row_steps] for c, row_steps in zip(completions, steps)
     ]
+
+
+class FirstMistake:
+    """The probability that a step is the first wrong one of a failing chain: free, from the recorded logprobs.
+
+    A model of one parameter. A step of surprise d (`logprob_dip`) is right with the probability exp(-kappa d), and a
+    wrong one dooms the chain, so a chain succeeds with the probability exp(-kappa sum d), and step i is its first
+    mistake with exp(-kappa sum_{j<i} d_j) (1 - exp(-kappa d_i)). Where one token is right and the policy's
+    probabilities are calibrated, kappa is 1; where it may choose its words, kappa is small. `learn` fits it.
+    """
+
+    kappa = 1.0
+
+    def learn(
+        self, completions: Sequence[Completion], steps: Sequence[Sequence[Step]], rewards: Sequence[float]
+    ) -> None:
+        """Sets kappa to the likeliest value, given rewards (scaled to 0 to 1 if they go beyond).
+
+        The prior is log-normal around 1, a factor of e^1.5 wide: a few rollouts, or outcomes that are all the same, do
+        not move kappa far.
+        """
+        surprise = np.array([sum(row) for row in logprob_dip(completions, steps)])
+        low, high = min([0.0, *rewards]), max([1.0, *rewards])
+        outcome = (np.asarray(rewards, dtype=float) - low) / (high - low)
+        kappas = np.exp(np.linspace(-8, 3, 221))
+        success = np.clip(np.exp(-kappas[:, None] * surprise), 1e-12, 1 - 1e-12)
+        likelihood = (outcome * np.log(success) + (1 - outcome) * np.log1p(-success)).sum(axis=1)
+        self.kappa = float(kappas[np.argmax(likelihood - (np.log(kappas) / 1.5) ** 2 / 2)])
+
+    def __call__(self, completions: Sequence[Completion], steps: Sequence[Sequence[Step]]) -> list[list[float]]:
+        return [self._one(np.array(row)) for row in logprob_dip(completions, steps)]
+
+    def _one(self, surprise: np.ndarray) -> list[float]:
+        hazard = self.kappa * surprise
+        before = np.cumsum(hazard) - hazard
+        mistake: list[float] = (np.exp(-before) * -np.expm1(-hazard)).tolist()
+        return mistake
 
 
 class TokenEntropy:
@@ -73,7 +113,7 @@ class GradientScore:
 
 
 def named_proposal(proposal: str | Proposal | None, engine: Any) -> Proposal | None:
-    """The proposal of a name: "logprob", "entropy" or "gradient"; the last two need an engine with a `model`.
+    """The proposal of one of the `PROPOSALS`; "entropy" and "gradient" need an engine with a `model`.
 
     Raises:
         ValueError: another name, or an engine without a model.
@@ -82,8 +122,10 @@ def named_proposal(proposal: str | Proposal | None, engine: Any) -> Proposal | N
         return proposal
     if proposal == "logprob":
         return logprob_dip
-    if proposal not in ("entropy", "gradient"):
-        raise ValueError(f"proposal must be 'logprob', 'entropy', 'gradient' or a function, got {proposal!r}")
+    if proposal == "mistake":
+        return FirstMistake()
+    if proposal not in PROPOSALS:
+        raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}, or a function, got {proposal!r}")
     if not hasattr(engine, "model"):
         raise ValueError(f"the proposal {proposal!r} needs a local model, and {type(engine).__name__} has none")
     return TokenEntropy(engine.model) if proposal == "entropy" else GradientScore(engine.model)

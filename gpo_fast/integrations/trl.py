@@ -23,6 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 from gpo_fast.config import one_of, splitter_of
 from gpo_fast.critical import CriticalStep, CriticalStepFinder
 from gpo_fast.critical.finder import OutcomeReward, check_options
+from gpo_fast.critical.proposals import PROPOSALS
 from gpo_fast.data import is_conversation
 from gpo_fast.forest import TokenForest
 from gpo_fast.integrations.trl_head import install_fused_head
@@ -62,7 +63,11 @@ class GPOConfig(GRPOConfig):
     racing_delta: float = _option(
         0.1, "Racing stops when another step is better with at most this probability, or before."
     )
-    proposal: Any = _option(None, "Order of the search by logprob, entropy, gradient or a function; off if not set.")
+    proposal: Any = _option(
+        None,
+        f"Order of the search by {', '.join(PROPOSALS)} or a function; off if not set. The estimator proposal takes "
+        "mistake if not set.",
+    )
     reset: str = _option("before", "Reset to the state before or after the critical step.")
     search: Any = _option(
         "mixed",
@@ -325,7 +330,7 @@ class GPOTrainer(GRPOTrainer):
         if len({i // width for i in chosen}) < len(chosen):
             raise ValueError(f"search chose {chosen}: under TRL at most one trajectory of a group of {width}")
         trajectories = [rows[i] for i in chosen]
-        drawn = self._from_critical_steps(trajectories, chosen, scores, seeds) if chosen else []
+        drawn = self._from_critical_steps(rows, chosen, scores, seeds) if chosen else []
         for i, trajectory, (cut, continuations) in zip(chosen, trajectories, drawn):
             group, node = i // width, self._nodes[i]
             end = (group + 1) * width
@@ -338,12 +343,14 @@ class GPOTrainer(GRPOTrainer):
         metrics["gpo/searched_groups"].append(len(chosen) / max(1, len(scores)))
 
     def _from_critical_steps(
-        self, trajectories: list[Completion], chosen: list[int], scores: np.ndarray, seeds: np.ndarray
+        self, rows: list[Completion], chosen: list[int], scores: np.ndarray, seeds: np.ndarray
     ) -> list[tuple[int, list[Completion]]]:
-        """For each trajectory how many tokens are kept, and the continuations of its critical step."""
+        """For each chosen row how many tokens are kept, and the continuations of its critical step."""
+        trajectories = [rows[i] for i in chosen]
         longest = max((t.prompt_token_ids for t in trajectories), key=len)
         outcome = lambda found: self._score(found, [chosen[c.request_index] for c in found]).tolist()  # noqa: E731
         finder = self._finder(outcome, int(seeds[1]), longest)
+        finder.learn(rows, scores.ravel().tolist())
         groups = [scores[i // self.num_generations].tolist() for i in chosen]
         found = finder.find(trajectories, rewards=[float(scores.flat[i]) for i in chosen], root_values=groups)
         self._log_search(found)

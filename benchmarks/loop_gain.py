@@ -36,7 +36,13 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "gpo": {"estimator": "racing", "reuse": "all"},
     "gpo-uniform": {"estimator": "uniform", "reuse": "all"},
     # Of all schemes of loop_plane.py the one that gains most where success is rare.
-    "gpo-proposal": {"estimator": "proposal", "search": "worst", "num_generations": 4, "num_resets": 8},
+    "gpo-proposal": {
+        "estimator": "proposal",
+        "search": "worst",
+        "reuse": "all",
+        "num_generations": 4,
+        "num_resets": 8,
+    },
     "random": {"estimator": "random"},
     "dpo": {"loss_type": "dpo", "use_gpo": False},
     "gpo-dpo": {"loss_type": "dpo", "estimator": "racing"},

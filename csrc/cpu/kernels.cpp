@@ -88,7 +88,9 @@ inline vec vmax(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b);
 #undef multiply_panel
 static void multiply_panel(const float*, const uint16_t* a, int64_t lda, int64_t rows, const void* panel, int64_t depth,
                            float* c, int64_t ldc) {
-    cpu::multiply(a, lda, rows, static_cast<const pair*>(panel), depth / 2, kPanelColumns, c, ldc, false);
+    const pair* strip = static_cast<const pair*>(panel);
+    for (int64_t j = 0; j < kPanelColumns; j += kStripColumns, strip += depth / 2 * kStripColumns)
+        cpu::multiply_columns<kStripColumns / kWidth>(a, lda, rows, strip, kStripColumns, depth / 2, c + j, ldc, false);
 }
 GPO_TABLE("avx512", true)
 #undef GPO_WIDTH
@@ -110,7 +112,9 @@ GPO_AMX void leave() { _tile_release(); }
 
 GPO_AMX void multiply_panel(const float*, const uint16_t* a, int64_t lda, int64_t rows, const void* panel,
                             int64_t depth, float* c, int64_t ldc) {
-    amx_multiply_panel(a, lda, rows, static_cast<const pair*>(panel), depth / 2, c, ldc, false, true);
+    const pair* strip = static_cast<const pair*>(panel);
+    amx_multiply_panel(a, lda, rows, {{strip, strip + depth / 2 * kStripColumns}, kStripColumns}, depth / 2, c, ldc,
+                       false, true);
 }
 
 void attend(const AttentionPiece& piece) { piece.is_bfloat16 ? attend_bfloat16(piece) : avx512::attend(piece); }

@@ -50,7 +50,6 @@ struct ProductTasks {
 }  // namespace
 
 void pack_panels(const void* weight, int64_t outputs, int64_t inputs, bool is_bfloat16, void* panels, int threads) {
-    constexpr int64_t kBlock = 16;  // words of a cache line
     const int64_t words = is_bfloat16 ? inputs / 2 : inputs, columns = is_bfloat16 ? kStripColumns : kPanelColumns;
     Tasks tasks;
     run_parallel(threads, [&](int) {
@@ -60,10 +59,7 @@ void pack_panels(const void* weight, int64_t outputs, int64_t inputs, bool is_bf
             const uint32_t* from = static_cast<const uint32_t*>(weight) + first * words;
             uint32_t* to = static_cast<uint32_t*>(panels) + first * words;
             if (rows < columns) std::fill_n(to, words * columns, 0u);
-            for (int64_t start = 0; start < words; start += kBlock)
-                for (int64_t row = 0; row < rows; ++row)
-                    for (int64_t word = start; word < std::min(words, start + kBlock); ++word)
-                        to[word * columns + row] = from[row * words + word];
+            kernels().pack_strip(from, rows, words, columns, to);
         }
     });
 }

@@ -54,6 +54,9 @@ struct Kernels {
                            int64_t depth, float* c, int64_t ldc);
     bool needs_narrow;
 
+    // to [words, columns] = the transpose of from [rows, words]; rows at most columns, a multiple of 16.
+    void (*pack_strip)(const uint32_t* from, int64_t rows, int64_t words, int64_t columns, uint32_t* to);
+
     void (*widen)(const uint16_t* from, int64_t count, float* to);
     void (*narrow)(const float* from, int64_t count, uint16_t* to);  // round to nearest even
     void (*round_values)(float* values, int64_t count);              // to bfloat16 and back

@@ -162,6 +162,14 @@ inline void multiply_strip(const float* a, int64_t lda, int64_t rows, const uint
         multiply_strip(a, lda, rows, strip, depth, c + j, ldc);
 }
 
+[[maybe_unused]] static void pack_strip(const uint32_t* from, int64_t rows, int64_t words, int64_t columns,
+                                        uint32_t* to) {
+    constexpr int64_t kLine = 16;  // words of a cache line
+    for (int64_t start = 0; start < words; start += kLine)
+        for (int64_t word = start; word < std::min(words, start + kLine); ++word)
+            for (int64_t row = 0; row < rows; ++row) to[word * columns + row] = from[row * words + word];
+}
+
 static void widen(const uint16_t* from, int64_t count, float* to) {
     int64_t i = 0;
     for (; i + kWidth <= count; i += kWidth) store(to + i, widen_half(from + i));

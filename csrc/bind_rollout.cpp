@@ -132,13 +132,16 @@ void bind_rollout(py::module_& module) {
                "Chooses 'amx', 'avx512', 'avx2' or 'portable' kernels.");
     module.def(
         "pack_panels",
-        [](uintptr_t weight, int64_t outputs, int64_t words, uintptr_t panels, int threads) {
+        [](uintptr_t weight, int64_t outputs, int64_t inputs, bool is_bfloat16, uintptr_t panels, int threads) {
             py::gil_scoped_release release;
-            pack_panels(reinterpret_cast<const uint32_t*>(weight), outputs, words, reinterpret_cast<uint32_t*>(panels),
-                        threads);
+            pack_panels(reinterpret_cast<const void*>(weight), outputs, inputs, is_bfloat16,
+                        reinterpret_cast<void*>(panels), threads);
         },
-        "A weight [outputs, words] of 32-bit words, by data pointer, in panels of 64 outputs [panels, words, 64].",
-        py::kw_only(), py::arg("weight"), py::arg("outputs"), py::arg("words"), py::arg("panels"), py::arg("threads"));
+        "A weight [outputs, inputs], by data pointer, in panels of 64 outputs: float32 [panels, inputs, 64] or "
+        "bfloat16 "
+        "[panels, 2, inputs / 2, 32, 2].",
+        py::kw_only(), py::arg("weight"), py::arg("outputs"), py::arg("inputs"), py::arg("is_bfloat16").noconvert(),
+        py::arg("panels"), py::arg("threads"));
     bind_attention(module);
     bind_decoder(module);
     module.def(

@@ -158,11 +158,11 @@ def test_segments_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 34), (200, 96), (10, 2)])
-def test_packed_panels_hold_the_weight(dtype: torch.dtype, outputs: int, inputs: int) -> None:
+def test_packed_panels_hold_the_weight(dtype: torch.dtype, outputs: int, inputs: int, kernels: str) -> None:
     linear = torch.nn.Linear(inputs, outputs, dtype=dtype)
     packed = Packed([linear], dtype, Arena(block_bytes=1000))
-    pairs = 2 if dtype == torch.bfloat16 else 1
-    panels = packed.panels.view(-1, inputs // pairs, 64, pairs)
-    whole = panels.transpose(1, 2).reshape(-1, inputs)
+    columns, pairs = (32, 2) if dtype == torch.bfloat16 else (64, 1)
+    strips = packed.panels.view(-1, inputs // pairs, columns, pairs)
+    whole = strips.transpose(1, 2).reshape(-1, inputs)
     assert torch.equal(whole[:outputs], linear.weight)
     assert not whole[outputs:].any()

@@ -183,7 +183,14 @@ WITH_ADDRESSES: dict[str, Callable[[], Call]] = {
     "linear_logprob_forward": logprob_forward,
     "pack_panels": lambda: (
         _C.pack_panels,
-        {"weight": address(64, 1), "outputs": 64, "words": 1, "panels": address(1, 1, 64), "threads": 1},
+        {
+            "weight": address(64, 1),
+            "outputs": 64,
+            "inputs": 1,
+            "is_bfloat16": False,
+            "panels": address(1, 1, 64),
+            "threads": 1,
+        },
     ),
     "sample": sample,
     "tree_attention_backward": tree_backward,

@@ -73,19 +73,21 @@ GPO_AMX inline void zero_sums() {
     _tile_zero(3);
 }
 
-// Asks for the whole width of a panel two steps ahead of `rows`. Tiles are loaded in lines that the hardware does not
-// foresee: a panel that comes from memory is read a fifth faster this way.
-GPO_AMX inline void prefetch(const pair* rows) {
-    const char* ahead = reinterpret_cast<const char*>(rows + 2 * kAmxPairs * kPanel);
-#pragma GCC unroll 64
-    for (std::size_t line = 0; line < kAmxPairs * kPanel * sizeof(pair); line += 64)
-        _mm_prefetch(ahead + line, _MM_HINT_T0);
+constexpr std::size_t kStepsAhead = 8;  // of a strip that comes from memory
+
+// Asks for `Bytes` of a strip. It is read as it lies, which the hardware foresees too; asked for in portions between
+// the products of a step, memory is hardly ever idle.
+template <int Bytes>
+GPO_AMX inline void prefetch(const char* from) {
+#pragma GCC unroll 32
+    for (int byte = 0; byte < Bytes; byte += 64) _mm_prefetch(from + byte, _MM_HINT_T1);
 }
 
-// c (17 to 32, 32) = or += a (.., 32 steps) b, b being half of a panel; `ahead`: prefetch the panel.
-GPO_AMX inline void tall_block(const bf16* a, std::size_t lda, const pair* b, std::size_t steps, float* c,
-                               std::size_t ldc, bool accumulate, bool ahead = false) {
-    const std::size_t a_bytes = lda * sizeof(bf16), b_bytes = kPanel * sizeof(pair), c_bytes = ldc * sizeof(float);
+// c (17 to 32, 32) = or += a (.., 32 steps) b (32 steps, 32), a row of pairs in b `ldb` after the one before. `ahead`:
+// b is a strip that comes from memory.
+GPO_AMX inline void tall_block(const bf16* a, std::size_t lda, const pair* b, std::size_t ldb, std::size_t steps,
+                               float* c, std::size_t ldc, bool accumulate, bool ahead = false) {
+    const std::size_t a_bytes = lda * sizeof(bf16), b_bytes = ldb * sizeof(pair), c_bytes = ldc * sizeof(float);
     finish_stores();
     if (accumulate) {
         _tile_loadd(0, c, c_bytes);
@@ -96,14 +98,17 @@ GPO_AMX inline void tall_block(const bf16* a, std::size_t lda, const pair* b, st
         zero_sums();
     }
     for (std::size_t step = 0; step < steps; ++step) {
-        if (ahead) prefetch(b + step * kAmxPairs * kPanel);
-        _tile_loadd(6, b + step * kAmxPairs * kPanel, b_bytes);
+        const pair* right = b + step * kAmxPairs * ldb;
+        const char* later = reinterpret_cast<const char*>(right + kStepsAhead * kAmxPairs * ldb);
+        _tile_loadd(6, right, b_bytes);
         _tile_loadd(4, a + step * 2 * kAmxPairs, a_bytes);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + step * kAmxPairs * kPanel + 16, b_bytes);
+        if (ahead) prefetch<1024>(later);
+        _tile_loadd(7, right + 16, b_bytes);
         _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(5, a + 16 * lda + step * 2 * kAmxPairs, a_bytes);
         _tile_dpbf16ps(2, 5, 6);
+        if (ahead) prefetch<1024>(later + 1024);
         _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, c, c_bytes);
@@ -112,10 +117,10 @@ GPO_AMX inline void tall_block(const bf16* a, std::size_t lda, const pair* b, st
     _tile_stored(3, c + 16 * ldc + 16, c_bytes);
 }
 
-// c (1 to 16, 64) = or += a (.., 32 steps) b, b being a whole panel.
-GPO_AMX inline void flat_block(const bf16* a, std::size_t lda, const pair* b, std::size_t steps, float* c,
-                               std::size_t ldc, bool accumulate, bool ahead = false) {
-    const std::size_t a_bytes = lda * sizeof(bf16), b_bytes = kPanel * sizeof(pair), c_bytes = ldc * sizeof(float);
+// c (1 to 16, 64) = or += a (.., 32 steps) times the two halves of a panel.
+GPO_AMX inline void flat_block(const bf16* a, std::size_t lda, const pair* first, const pair* second, std::size_t ldb,
+                               std::size_t steps, float* c, std::size_t ldc, bool accumulate, bool ahead = false) {
+    const std::size_t a_bytes = lda * sizeof(bf16), b_bytes = ldb * sizeof(pair), c_bytes = ldc * sizeof(float);
     finish_stores();
     if (accumulate) {
         _tile_loadd(0, c, c_bytes);
@@ -126,16 +131,17 @@ GPO_AMX inline void flat_block(const bf16* a, std::size_t lda, const pair* b, st
         zero_sums();
     }
     for (std::size_t step = 0; step < steps; ++step) {
-        const pair* rows = b + step * kAmxPairs * kPanel;
-        if (ahead) prefetch(rows);
+        const pair *left = first + step * kAmxPairs * ldb, *right = second + step * kAmxPairs * ldb;
         _tile_loadd(4, a + step * 2 * kAmxPairs, a_bytes);
-        _tile_loadd(5, rows, b_bytes);
+        _tile_loadd(5, left, b_bytes);
         _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, rows + 16, b_bytes);
+        if (ahead) prefetch<2048>(reinterpret_cast<const char*>(left + kStepsAhead * kAmxPairs * ldb));
+        _tile_loadd(6, left + 16, b_bytes);
         _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(7, rows + 32, b_bytes);
+        _tile_loadd(7, right, b_bytes);
         _tile_dpbf16ps(2, 4, 7);
-        _tile_loadd(5, rows + 48, b_bytes);
+        if (ahead) prefetch<2048>(reinterpret_cast<const char*>(right + kStepsAhead * kAmxPairs * ldb));
+        _tile_loadd(5, right + 16, b_bytes);
         _tile_dpbf16ps(3, 4, 5);
     }
     _tile_stored(0, c, c_bytes);
@@ -146,18 +152,24 @@ GPO_AMX inline void flat_block(const bf16* a, std::size_t lda, const pair* b, st
 
 }  // namespace amx
 
-// c (rows, 64) = or += a (rows, 2 pairs) times one packed panel (pairs, 64). What is left of `pairs` after whole
-// tiles is added by `vdpbf16ps`: nothing is read beyond the operands. `ahead`: the panel is not in a cache yet.
-GPO_AMX inline void amx_multiply_panel(const bf16* a, std::size_t lda, std::size_t rows, const pair* panel,
+// A panel as its left and its right 32 columns, a row of pairs `ldb` after the one before.
+struct PanelHalves {
+    const pair* half[2];
+    std::size_t ldb;
+};
+
+// c (rows, 64) = or += a (rows, 2 pairs) times a panel (pairs, 64). What is left of `pairs` after whole tiles is added
+// by `vdpbf16ps`: nothing is read beyond the operands. `ahead`: the halves are strips (ldb = 32) that come from memory.
+GPO_AMX inline void amx_multiply_panel(const bf16* a, std::size_t lda, std::size_t rows, const PanelHalves& panel,
                                        std::size_t pairs, float* c, std::size_t ldc, bool accumulate,
                                        bool ahead = false) {
-    const std::size_t steps = pairs / kAmxPairs, done = steps * kAmxPairs;
+    const std::size_t steps = pairs / kAmxPairs, done = steps * kAmxPairs, ldb = panel.ldb;
     if (steps > 0) {
         const std::size_t whole = rows / kAmxRows * kAmxRows, rest = rows - whole;
-        for (std::size_t half = 0; half < kPanel; half += 32)
+        for (int h = 0; h < 2; ++h)
             for (std::size_t i = 0; i < whole; i += kAmxRows)
-                amx::tall_block(a + i * lda, lda, panel + half, steps, c + i * ldc + half, ldc, accumulate,
-                                ahead && half == 0 && i == 0);
+                amx::tall_block(a + i * lda, lda, panel.half[h], ldb, steps, c + i * ldc + 32 * h, ldc, accumulate,
+                                ahead && i == 0);
         if (rest > 0) {
             const bf16* last = a + whole * lda;
             float* out = c + whole * ldc;
@@ -165,28 +177,33 @@ GPO_AMX inline void amx_multiply_panel(const bf16* a, std::size_t lda, std::size
             if (rest <= 16) {
                 for (int tile = 0; tile <= 4; ++tile) fewer.rows[tile] = static_cast<std::uint8_t>(rest);
                 AmxTiles::set_up(fewer);
-                amx::flat_block(last, lda, panel, steps, out, ldc, accumulate, ahead && whole == 0);
+                amx::flat_block(last, lda, panel.half[0], panel.half[1], ldb, steps, out, ldc, accumulate,
+                                ahead && whole == 0);
             } else {
                 for (const int tile : {2, 3, 5}) fewer.rows[tile] = static_cast<std::uint8_t>(rest - 16);
                 AmxTiles::set_up(fewer);
-                for (std::size_t half = 0; half < kPanel; half += 32)
-                    amx::tall_block(last, lda, panel + half, steps, out + half, ldc, accumulate,
-                                    ahead && half == 0 && whole == 0);
+                for (int h = 0; h < 2; ++h)
+                    amx::tall_block(last, lda, panel.half[h], ldb, steps, out + 32 * h, ldc, accumulate,
+                                    ahead && whole == 0);
             }
             AmxTiles::set_up(AmxConfiguration{});
         }
     }
-    if (done < pairs || steps == 0)
-        multiply(a + 2 * done, lda, rows, panel + done * kPanel, pairs - done, kPanel, c, ldc, accumulate || steps > 0);
+    if (done == pairs && steps > 0) return;
+    for (int h = 0; h < 2; ++h)
+        multiply_columns<2>(a + 2 * done, lda, rows, panel.half[h] + done * ldb, ldb, pairs - done, c + 32 * h, ldc,
+                            accumulate || steps > 0);
 }
 
 // c (rows, columns) = or += a (rows, 2 pairs) b, with b packed and columns a multiple of 64.
 GPO_AMX inline void amx_multiply(const bf16* a, std::size_t lda, std::size_t rows, const pair* b, std::size_t pairs,
                                  std::size_t columns, float* c, std::size_t ldc, bool accumulate) {
     for (std::size_t i = 0; i < rows; i += kAmxRows)
-        for (std::size_t j = 0; j < columns; j += kPanel)
-            amx_multiply_panel(a + i * lda, lda, rows - i < kAmxRows ? rows - i : kAmxRows, b + j * pairs, pairs,
-                               c + i * ldc + j, ldc, accumulate);
+        for (std::size_t j = 0; j < columns; j += kPanel) {
+            const pair* panel = b + j * pairs;
+            amx_multiply_panel(a + i * lda, lda, rows - i < kAmxRows ? rows - i : kAmxRows,
+                               {{panel, panel + kPanel / 2}, kPanel}, pairs, c + i * ldc + j, ldc, accumulate);
+        }
 }
 
 }  // namespace gpo_fast::cpu

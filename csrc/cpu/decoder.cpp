@@ -19,6 +19,10 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t num_panels(int64_t outputs) { return ceil_div(outputs, kPanelColumns); }
 
+// The width of rows in memory: an odd number of cache lines, of `line` values each. Rows an even number apart would lie
+// in few sets of a cache.
+int64_t odd_lines(int64_t width, int64_t line) { return (ceil_div(width, line) | 1) * line; }
+
 // A product as tasks of one panel and a block of rows. Where a block holds all rows, one thread reads a panel from
 // memory for all of them; the panels left over when the threads have had equally many are cut, a block for each thread.
 struct ProductTasks {
@@ -45,52 +49,51 @@ struct ProductTasks {
 
 }  // namespace
 
-void pack_panels(const uint32_t* weight, int64_t outputs, int64_t words, uint32_t* panels, int threads) {
-    constexpr int64_t kBlock = 16;  // words of a cache line
+void pack_panels(const void* weight, int64_t outputs, int64_t inputs, bool is_bfloat16, void* panels, int threads) {
+    const int64_t words = is_bfloat16 ? inputs / 2 : inputs, columns = is_bfloat16 ? kStripColumns : kPanelColumns;
     Tasks tasks;
     run_parallel(threads, [&](int) {
-        int64_t panel;
-        while (tasks.take(num_panels(outputs), panel)) {
-            const int64_t first = panel * kPanelColumns, rows = std::min<int64_t>(kPanelColumns, outputs - first);
-            uint32_t* to = panels + first * words;
-            if (rows < kPanelColumns) std::fill_n(to, words * kPanelColumns, 0u);
-            for (int64_t start = 0; start < words; start += kBlock)
-                for (int64_t word = start; word < std::min(words, start + kBlock); ++word)
-                    for (int64_t row = 0; row < rows; ++row)
-                        to[word * kPanelColumns + row] = weight[(first + row) * words + word];
+        int64_t strip;
+        while (tasks.take(num_panels(outputs) * kPanelColumns / columns, strip)) {
+            const int64_t first = strip * columns, rows = std::clamp<int64_t>(outputs - first, 0, columns);
+            const uint32_t* from = static_cast<const uint32_t*>(weight) + first * words;
+            uint32_t* to = static_cast<uint32_t*>(panels) + first * words;
+            if (rows < columns) std::fill_n(to, words * columns, 0u);
+            kernels().pack_strip(from, rows, words, columns, to);
         }
     });
 }
 
-void Decoder::Rows::shape(int64_t rows, int64_t row_width, bool is_narrow) {
-    width = row_width;
-    values.resize(is_narrow ? 0 : rows * row_width);
-    narrow.resize(is_narrow ? rows * row_width : 0);
+void Decoder::Rows::shape(int64_t rows, int64_t width, bool is_narrow) {
+    stride = odd_lines(width, is_narrow ? 32 : 16);
+    values.resize(is_narrow ? 0 : rows * stride);
+    narrow.resize(is_narrow ? rows * stride : 0);
 }
 
 void Decoder::Rows::put(int64_t i, int64_t first, int64_t count, const float* from) {
     if (narrow.empty()) {
-        std::memcpy(values.data() + i * width + first, from, count * sizeof(float));
+        std::memcpy(values.data() + i * stride + first, from, count * sizeof(float));
     } else {
-        kernels().narrow(from, count, narrow.data() + i * width + first);
+        kernels().narrow(from, count, narrow.data() + i * stride + first);
     }
 }
 
-// out [rows, 64]: rows of the left operand times one panel.
-void Decoder::tile(const PackedLinear& linear, Rows& left, int64_t panel, int64_t row, int64_t rows, float* out) const {
+// out [rows, 64], a row `stride` after the one before: rows of the left operand times one panel.
+void Decoder::tile(const PackedLinear& linear, Rows& left, int64_t panel, int64_t row, int64_t rows, float* out,
+                   int64_t stride) const {
     const int64_t depth = linear.inputs, elements = panel * depth * kPanelColumns;
-    const float* values = left.narrow.empty() ? left.values.data() + row * left.width : nullptr;
+    const float* values = left.narrow.empty() ? left.values.data() + row * left.stride : nullptr;
     if (is_bfloat16_) {
-        kernels().multiply_panel(values, values ? nullptr : left.narrow.data() + row * left.width, left.width, rows,
-                                 static_cast<const uint16_t*>(linear.panels) + elements, depth, out, kPanelColumns);
+        kernels().multiply_panel(values, values ? nullptr : left.narrow.data() + row * left.stride, left.stride, rows,
+                                 static_cast<const uint16_t*>(linear.panels) + elements, depth, out, stride);
     } else {
-        kernels().multiply(values, left.width, rows, static_cast<const float*>(linear.panels) + elements, kPanelColumns,
-                           depth, kPanelColumns, out, kPanelColumns, false);
+        kernels().multiply(values, left.stride, rows, static_cast<const float*>(linear.panels) + elements,
+                           kPanelColumns, depth, kPanelColumns, out, stride, false);
     }
     if (!linear.bias) return;
     const int64_t first = panel * kPanelColumns, count = std::min<int64_t>(kPanelColumns, linear.outputs - first);
     for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < count; ++j) out[i * kPanelColumns + j] += linear.bias[first + j];
+        for (int64_t j = 0; j < count; ++j) out[i * stride + j] += linear.bias[first + j];
 }
 
 void Decoder::norm_row(const float* x, const float* weight, int64_t row, float* scratch) {
@@ -102,7 +105,7 @@ void Decoder::norm_row(const float* x, const float* weight, int64_t row, float* 
 void Decoder::project_heads(const DecoderLayer& layer, const DecoderBatch& batch, const AttentionShape& shape,
                             int64_t row) {
     const int64_t dim = shape.head_dim, heads = shape.num_heads, kv_heads = shape.num_kv_heads;
-    float* q = qkv_.data() + row * layer.qkv.outputs;
+    float* q = qkv_.data() + row * qkv_stride_;
     float* k = q + heads * dim;
     const float* v = k + kv_heads * dim;
     if (is_bfloat16_) kernels().round_values(q, layer.qkv.outputs);
@@ -130,7 +133,8 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
     normed_.shape(std::max(rows, batch.num_selected), width_, narrow);
     attended_.shape(rows, heads_width, narrow);
     activated_.shape(rows, inner, narrow);
-    qkv_.resize(rows * qkv_width);
+    qkv_stride_ = odd_lines(num_panels(qkv_width) * kPanelColumns, 16);
+    qkv_.resize(rows * qkv_stride_);
 
     // Blocks of rows for all threads alike, or none.
     const int64_t blocks = ceil_div(ceil_div(rows, kBlockRows), threads) * threads;
@@ -166,10 +170,9 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
         const auto add_product = [&](const auto& each, int64_t start, int64_t count, const PackedLinear& linear,
                                      Rows& left) {
             each_tile(each, start, count, linear.outputs, [&](int64_t row, int64_t size, int64_t panel) {
-                tile(linear, left, panel, row, size, first.data());
+                tile(linear, left, panel, row, size, first.data(), kPanelColumns);
                 const int64_t column = panel * kPanelColumns;
                 const int64_t columns = std::min<int64_t>(kPanelColumns, linear.outputs - column);
-                if (is_bfloat16_) kernels().round_values(first.data(), size * kPanelColumns);
                 for (int64_t i = 0; i < size; ++i)
                     kernels().add(batch.x + (row + i) * width_ + column, first.data() + i * kPanelColumns, columns,
                                   is_bfloat16_);
@@ -180,12 +183,8 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
                 norm_row(batch.x + (start + i) * width_, layer.input_norm, start + i, whole_row.data());
             });
             each_tile(each, start, count, qkv_width, [&](int64_t row, int64_t size, int64_t panel) {
-                tile(layer.qkv, normed_, panel, row, size, first.data());
-                const int64_t column = panel * kPanelColumns;
-                const int64_t columns = std::min<int64_t>(kPanelColumns, qkv_width - column);
-                for (int64_t i = 0; i < size; ++i)
-                    std::memcpy(qkv_.data() + (row + i) * qkv_width + column, first.data() + i * kPanelColumns,
-                                columns * sizeof(float));
+                tile(layer.qkv, normed_, panel, row, size, qkv_.data() + row * qkv_stride_ + panel * kPanelColumns,
+                     qkv_stride_);
             });
             each(count, [&](int64_t i) { project_heads(layer, batch, shape, start + i); });
         };
@@ -200,12 +199,8 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
                 norm_row(batch.x + (start + i) * width_, layer.attention_norm, start + i, whole_row.data());
             });
             each_tile(each, start, count, inner, [&](int64_t row, int64_t size, int64_t panel) {
-                tile(layer.gate, normed_, panel, row, size, first.data());
-                tile(layer.up, normed_, panel, row, size, second.data());
-                if (is_bfloat16_) {
-                    kernels().round_values(first.data(), size * kPanelColumns);
-                    kernels().round_values(second.data(), size * kPanelColumns);
-                }
+                tile(layer.gate, normed_, panel, row, size, first.data(), kPanelColumns);
+                tile(layer.up, normed_, panel, row, size, second.data(), kPanelColumns);
                 const int64_t column = panel * kPanelColumns;
                 const int64_t columns = std::min<int64_t>(kPanelColumns, inner - column);
                 for (int64_t i = 0; i < size; ++i) {
@@ -226,7 +221,7 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
             on_rows(
                 [&](const auto& each, int64_t start, int64_t count) { before_attention(each, start, count, layer); });
             together(plan.num_pieces(),
-                     [&](int64_t piece) { plan.attend(piece, qkv_.data(), qkv_width, layer.keys, layer.values); });
+                     [&](int64_t piece) { plan.attend(piece, qkv_.data(), qkv_stride_, layer.keys, layer.values); });
             on_rows(
                 [&](const auto& each, int64_t start, int64_t count) { after_attention(each, start, count, layer); });
         }
@@ -234,7 +229,7 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
         together(batch.num_selected,
                  [&](int64_t i) { norm_row(batch.x + batch.selected[i] * width_, final_norm_, i, whole_row.data()); });
         each_tile(together, 0, batch.num_selected, head_.outputs, [&](int64_t row, int64_t count, int64_t panel) {
-            tile(head_, normed_, panel, row, count, first.data());
+            tile(head_, normed_, panel, row, count, first.data(), kPanelColumns);
             const int64_t column = panel * kPanelColumns;
             const int64_t columns = std::min<int64_t>(kPanelColumns, head_.outputs - column);
             for (int64_t i = 0; i < count; ++i)

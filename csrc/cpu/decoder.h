@@ -23,9 +23,8 @@ struct PackedLinear {
     int64_t inputs = 0, outputs = 0;
 };
 
-// weight [outputs, words] in panels [words, 64] each, words of 32 bits: one float32, or two bfloat16 inputs. What is
-// missing of the last panel is zero.
-void pack_panels(const uint32_t* weight, int64_t outputs, int64_t words, uint32_t* panels, int threads);
+// weight [outputs, inputs], float32 or bfloat16, in panels (see kernels.h). What is missing of the last panel is zero.
+void pack_panels(const void* weight, int64_t outputs, int64_t inputs, bool is_bfloat16, void* panels, int threads);
 
 struct DecoderLayer {
     const float* input_norm;      // [width]
@@ -66,14 +65,15 @@ class Decoder {
     struct Rows {
         std::vector<float> values;
         std::vector<uint16_t> narrow;
-        int64_t width = 0;
-        void shape(int64_t rows, int64_t row_width, bool is_narrow);
+        int64_t stride = 0;  // from a row to the next
+        void shape(int64_t rows, int64_t width, bool is_narrow);
         // Columns [first, first + count) of row i.
         void put(int64_t i, int64_t first, int64_t count, const float* from);
     };
     void norm_row(const float* x, const float* weight, int64_t row, float* scratch);
     void project_heads(const DecoderLayer& layer, const DecoderBatch& batch, const AttentionShape& shape, int64_t row);
-    void tile(const PackedLinear& linear, Rows& left, int64_t panel, int64_t row, int64_t rows, float* out) const;
+    void tile(const PackedLinear& linear, Rows& left, int64_t panel, int64_t row, int64_t rows, float* out,
+              int64_t stride) const;
 
     const int64_t width_;
     const float epsilon_;
@@ -83,6 +83,7 @@ class Decoder {
     PackedLinear head_;
     Rows normed_, attended_, activated_;
     std::vector<float> qkv_;
+    int64_t qkv_stride_ = 0;
 };
 
 }  // namespace gpo_fast::cpu

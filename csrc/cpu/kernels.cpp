@@ -18,10 +18,10 @@
 #include "cpu/amx_attention.h"
 #include "cpu/linear_logprob_gemm.h"
 
-#define GPO_TABLE(NAME, NEEDS_NARROW)                                                          \
-    const Kernels kTable{NAME,  nothing, nothing,      multiply, multiply_panel, NEEDS_NARROW, \
-                         widen, narrow,  round_values, rms_norm, rotate,         silu_times,   \
-                         add,   attend,  largest,      sum_exp,  exp_into};
+#define GPO_TABLE(NAME, NEEDS_NARROW)                                                              \
+    const Kernels kTable{NAME,       nothing, nothing, multiply,     multiply_panel, NEEDS_NARROW, \
+                         pack_strip, widen,   narrow,  round_values, rms_norm,       rotate,       \
+                         silu_times, add,     attend,  largest,      sum_exp,        exp_into};
 
 namespace gpo_fast::cpu {
 
@@ -84,11 +84,28 @@ inline vec splat(float x) { return (vec)_mm512_set1_ps(x); }
 inline vec fused(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline vec vmax(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
 #define multiply_panel multiply_panel_by_widening
+#define pack_strip pack_strip_by_words
 #include "cpu/kernels_impl.h"
 #undef multiply_panel
+#undef pack_strip
 static void multiply_panel(const float*, const uint16_t* a, int64_t lda, int64_t rows, const void* panel, int64_t depth,
                            float* c, int64_t ldc) {
-    cpu::multiply(a, lda, rows, static_cast<const pair*>(panel), depth / 2, kPanelColumns, c, ldc, false);
+    const pair* strip = static_cast<const pair*>(panel);
+    for (int64_t j = 0; j < kPanelColumns; j += kStripColumns, strip += depth / 2 * kStripColumns)
+        cpu::multiply_columns<kStripColumns / kWidth>(a, lda, rows, strip, kStripColumns, depth / 2, c + j, ldc, false);
+}
+static void pack_strip(const uint32_t* from, int64_t rows, int64_t words, int64_t columns, uint32_t* to) {
+    for (int64_t start = 0; start < words; start += 16) {
+        const int64_t count = std::min<int64_t>(16, words - start);
+        const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
+        for (int64_t row = 0; row < columns; row += 16) {
+            __m512i block[16];
+            for (int64_t i = 0; i < 16; ++i)
+                block[i] = _mm512_maskz_loadu_epi32(row + i < rows ? there : 0, from + (row + i) * words + start);
+            transpose_16x16(block);
+            for (int64_t i = 0; i < count; ++i) _mm512_storeu_si512(to + (start + i) * columns + row, block[i]);
+        }
+    }
 }
 GPO_TABLE("avx512", true)
 #undef GPO_WIDTH
@@ -110,7 +127,9 @@ GPO_AMX void leave() { _tile_release(); }
 
 GPO_AMX void multiply_panel(const float*, const uint16_t* a, int64_t lda, int64_t rows, const void* panel,
                             int64_t depth, float* c, int64_t ldc) {
-    amx_multiply_panel(a, lda, rows, static_cast<const pair*>(panel), depth / 2, c, ldc, false, true);
+    const pair* strip = static_cast<const pair*>(panel);
+    amx_multiply_panel(a, lda, rows, {{strip, strip + depth / 2 * kStripColumns}, kStripColumns}, depth / 2, c, ldc,
+                       false, true);
 }
 
 void attend(const AttentionPiece& piece) { piece.is_bfloat16 ? attend_bfloat16(piece) : avx512::attend(piece); }

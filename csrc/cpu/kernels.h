@@ -2,7 +2,8 @@
 //
 // Activations are float32 arrays. In a bfloat16 model their values are rounded to bfloat16 where the reference model
 // rounds (`round`), so that widening is exact and products of two of them are exact in float32; sums are float32.
-// A packed weight lies in panels of 64 output columns: float32 [depth][64], or bfloat16 [depth / 2][64][2].
+// A packed weight lies in panels of 64 output columns: float32 [depth][64], or bfloat16 in two strips of 32 columns,
+// [2][depth / 2][32][2], each read from its start to its end.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +11,7 @@
 namespace gpo_fast::cpu {
 
 constexpr int kPanelColumns = 64;
+constexpr int kStripColumns = 32;
 constexpr int kKeyTile = 64;  // keys that one pass of the attention loop takes together
 
 // Attention of `rows` queries over the keys [first, first + count) of a page list: one piece of a larger set.
@@ -52,6 +54,9 @@ struct Kernels {
                            int64_t depth, float* c, int64_t ldc);
     bool needs_narrow;
 
+    // to [words, columns] = the transpose of from [rows, words]; rows at most columns, a multiple of 16.
+    void (*pack_strip)(const uint32_t* from, int64_t rows, int64_t words, int64_t columns, uint32_t* to);
+
     void (*widen)(const uint16_t* from, int64_t count, float* to);
     void (*narrow)(const float* from, int64_t count, uint16_t* to);  // round to nearest even
     void (*round_values)(float* values, int64_t count);              // to bfloat16 and back
@@ -59,6 +64,7 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* weight, int64_t width, float epsilon, bool round, float* out);
     // x = x * cos + rotate_half(x) * sin
     void (*rotate)(float* x, const float* cos, const float* sin, int64_t width, bool round);
+    // With `round`, what is given (gate, up, y) is rounded first.
     void (*silu_times)(const float* gate, const float* up, int64_t count, bool round, float* out);
     void (*add)(float* x, const float* y, int64_t count, bool round);  // x += y
 

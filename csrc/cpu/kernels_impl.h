@@ -115,13 +115,13 @@ static void multiply(const float* a, int64_t lda, int64_t rows, const float* b, 
     for (; j < columns; j += kWidth) multiply_columns<1>(a, lda, rows, b + j, ldb, depth, c + j, ldc, accumulate);
 }
 
-// c [64] = one row times a panel of bfloat16 pairs, read in order: the even k is the low half of a 32-bit word, the odd
+// c [32] = one row times a strip of bfloat16 pairs, read in order: the even k is the low half of a 32-bit word, the odd
 // one the high half.
 inline void pair_row(const float* a, const uint32_t* pairs, int64_t depth, float* c) {
-    constexpr int kVectors = kPanelColumns / kWidth;
+    constexpr int kVectors = kStripColumns / kWidth;
     vec sum[kVectors];
     for (int v = 0; v < kVectors; ++v) sum[v] = splat(0.0f);
-    for (int64_t k = 0; k < depth; k += 2, pairs += kPanelColumns) {
+    for (int64_t k = 0; k < depth; k += 2, pairs += kStripColumns) {
         const vec even = splat(a[k]), odd = splat(a[k + 1]);
         for (int v = 0; v < kVectors; ++v) {
             const bits_t both = load_as<bits_t>(pairs + v * kWidth);
@@ -132,28 +132,42 @@ inline void pair_row(const float* a, const uint32_t* pairs, int64_t depth, float
     for (int v = 0; v < kVectors; ++v) store(c + v * kWidth, sum[v]);
 }
 
-// A stretch of the panel is widened once for all rows into `wide`, which stays in the cache, in strips as wide as a
-// tile. One row widens as it reads.
-[[maybe_unused]] static void multiply_panel(const float* a, const uint16_t*, int64_t lda, int64_t rows,
-                                            const void* panel, int64_t depth, float* c, int64_t ldc) {
-    constexpr int64_t kStrip = 2 * kWidth, kStretch = 256;
-    const uint32_t* pairs = static_cast<const uint32_t*>(panel);
+// A stretch of a strip is widened once for all rows into `wide`, which stays in the cache, in parts as wide as a tile.
+// One row widens as it reads.
+inline void multiply_strip(const float* a, int64_t lda, int64_t rows, const uint32_t* pairs, int64_t depth, float* c,
+                           int64_t ldc) {
+    constexpr int64_t kTile = 2 * kWidth, kStretch = 256;
     if (rows == 1) return pair_row(a, pairs, depth, c);
-    alignas(64) float wide[kStretch * kPanelColumns];
+    alignas(64) float wide[kStretch * kStripColumns];
     for (int64_t start = 0; start < depth; start += kStretch) {
         const int64_t count = std::min(kStretch, depth - start);
         for (int64_t k = 0; k < count; k += 2) {
-            const uint32_t* row = pairs + (start + k) / 2 * kPanelColumns;
-            for (int64_t j = 0; j < kPanelColumns; j += kWidth) {
-                float* to = wide + j / kStrip * kStrip * count + k * kStrip + j % kStrip;
+            const uint32_t* row = pairs + (start + k) / 2 * kStripColumns;
+            for (int64_t j = 0; j < kStripColumns; j += kWidth) {
+                float* to = wide + j / kTile * kTile * count + k * kTile + j % kTile;
                 const bits_t both = load_as<bits_t>(row + j);
                 store(to, (vec)(both << 16));
-                store(to + kStrip, (vec)(both & 0xffff0000u));
+                store(to + kTile, (vec)(both & 0xffff0000u));
             }
         }
-        for (int64_t j = 0; j < kPanelColumns; j += kStrip)
-            multiply_columns<2>(a + start, lda, rows, wide + j * count, kStrip, count, c + j, ldc, start > 0);
+        for (int64_t j = 0; j < kStripColumns; j += kTile)
+            multiply_columns<2>(a + start, lda, rows, wide + j * count, kTile, count, c + j, ldc, start > 0);
     }
+}
+
+[[maybe_unused]] static void multiply_panel(const float* a, const uint16_t*, int64_t lda, int64_t rows,
+                                            const void* panel, int64_t depth, float* c, int64_t ldc) {
+    const uint32_t* strip = static_cast<const uint32_t*>(panel);
+    for (int64_t j = 0; j < kPanelColumns; j += kStripColumns, strip += depth / 2 * kStripColumns)
+        multiply_strip(a, lda, rows, strip, depth, c + j, ldc);
+}
+
+[[maybe_unused]] static void pack_strip(const uint32_t* from, int64_t rows, int64_t words, int64_t columns,
+                                        uint32_t* to) {
+    constexpr int64_t kLine = 16;  // words of a cache line
+    for (int64_t start = 0; start < words; start += kLine)
+        for (int64_t word = start; word < std::min(words, start + kLine); ++word)
+            for (int64_t row = 0; row < rows; ++row) to[word * columns + row] = from[row * words + word];
 }
 
 static void widen(const uint16_t* from, int64_t count, float* to) {
@@ -222,19 +236,21 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t width, 
 static void silu_times(const float* gate, const float* up, int64_t count, bool round, float* out) {
     int64_t i = 0;
     for (; i + kWidth <= count; i += kWidth) {
-        const vec x = load(gate + i);
+        const vec x = rounded_if(round, load(gate + i)), y = rounded_if(round, load(up + i));
         const vec silu = rounded_if(round, x / (splat(1.0f) + exponential(-x)));
-        store(out + i, rounded_if(round, silu * load(up + i)));
+        store(out + i, rounded_if(round, silu * y));
     }
     for (; i < count; ++i) {
-        out[i] = rounded_if(round, rounded_if(round, gate[i] / (1.0f + std::exp(-gate[i]))) * up[i]);
+        const float x = rounded_if(round, gate[i]), y = rounded_if(round, up[i]);
+        out[i] = rounded_if(round, rounded_if(round, x / (1.0f + std::exp(-x))) * y);
     }
 }
 
 static void add(float* x, const float* y, int64_t count, bool round) {
     int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) store(x + i, rounded_if(round, load(x + i) + load(y + i)));
-    for (; i < count; ++i) x[i] = rounded_if(round, x[i] + y[i]);
+    for (; i + kWidth <= count; i += kWidth)
+        store(x + i, rounded_if(round, load(x + i) + rounded_if(round, load(y + i))));
+    for (; i < count; ++i) x[i] = rounded_if(round, x[i] + rounded_if(round, y[i]));
 }
 
 // One key or value of `dim` elements as float32.

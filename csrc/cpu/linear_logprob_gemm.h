@@ -20,72 +20,68 @@ namespace gpo_fast::cpu {
 using bf16 = std::uint16_t;
 using pair = std::uint32_t;  // two bf16
 
-constexpr std::size_t kPanel = 64;    // columns of a panel: four registers of float32
-constexpr std::size_t kTileRows = 6;  // 6 x 4 accumulators leave registers for the operands
+constexpr std::size_t kPanel = 64;  // columns of a panel: four registers of float32
+constexpr int kTileSums = 24;       // registers of sums of a tile: the rest is for the operands
 
 inline std::size_t round_up(std::size_t n, std::size_t step) { return (n + step - 1) / step * step; }
 
 GPO_AVX512 inline __m512bh as_bf16(__m512i value) { return (__m512bh)value; }
 
-// c (R, 64) = or += a (R, 2 pairs) times one packed panel (pairs, 64).
-template <int R>
-GPO_AVX512 inline void tile(const bf16* a, std::size_t lda, const pair* panel, std::size_t pairs, float* c,
+// c (R, 16 V) = or += a (R, 2 pairs) b (pairs, 16 V), a row of pairs `ldb` after the one before.
+template <int R, int V>
+GPO_AVX512 inline void tile(const bf16* a, std::size_t lda, const pair* b, std::size_t ldb, std::size_t pairs, float* c,
                             std::size_t ldc, bool accumulate) {
-    __m512 sum[R][4];
-#pragma GCC unroll 6
+    __m512 sum[R][V];
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < V; ++j)
             sum[r][j] = accumulate ? _mm512_loadu_ps(c + r * ldc + 16 * j) : _mm512_setzero_ps();
     for (std::size_t k = 0; k < pairs; ++k) {
-        __m512bh b[4];
+        __m512bh right[V];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) b[j] = as_bf16(_mm512_load_si512(panel + k * kPanel + 16 * j));
-#pragma GCC unroll 6
+        for (int j = 0; j < V; ++j) right[j] = as_bf16(_mm512_load_si512(b + k * ldb + 16 * j));
+#pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
             std::int32_t both;
             std::memcpy(&both, a + r * lda + 2 * k, sizeof both);
             const __m512bh left = as_bf16(_mm512_set1_epi32(both));
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], left, b[j]);
+            for (int j = 0; j < V; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], left, right[j]);
         }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + r * ldc + 16 * j, sum[r][j]);
+        for (int j = 0; j < V; ++j) _mm512_storeu_ps(c + r * ldc + 16 * j, sum[r][j]);
+}
+
+// The same of at most R rows.
+template <int R, int V>
+GPO_AVX512 inline void tile_of(std::size_t rows, const bf16* a, std::size_t lda, const pair* b, std::size_t ldb,
+                               std::size_t pairs, float* c, std::size_t ldc, bool accumulate) {
+    if constexpr (R > 0) {
+        if (rows == R) return tile<R, V>(a, lda, b, ldb, pairs, c, ldc, accumulate);
+        tile_of<R - 1, V>(rows, a, lda, b, ldb, pairs, c, ldc, accumulate);
+    }
+}
+
+// The same of any number of rows.
+template <int V>
+GPO_AVX512 inline void multiply_columns(const bf16* a, std::size_t lda, std::size_t rows, const pair* b,
+                                        std::size_t ldb, std::size_t pairs, float* c, std::size_t ldc,
+                                        bool accumulate) {
+    constexpr std::size_t kRows = kTileSums / V;
+    for (std::size_t i = 0; i < rows; i += kRows)
+        tile_of<kRows, V>(rows - i < kRows ? rows - i : kRows, a + i * lda, lda, b, ldb, pairs, c + i * ldc, ldc,
+                          accumulate);
 }
 
 // c (rows, columns) = or += a (rows, 2 pairs) b, with b packed and columns a multiple of 64.
 GPO_AVX512 inline void multiply(const bf16* a, std::size_t lda, std::size_t rows, const pair* b, std::size_t pairs,
                                 std::size_t columns, float* c, std::size_t ldc, bool accumulate) {
-    for (std::size_t j = 0; j < columns; j += kPanel) {
-        const pair* panel = b + j * pairs;
-        std::size_t i = 0;
-        for (; i + kTileRows <= rows; i += kTileRows)
-            tile<kTileRows>(a + i * lda, lda, panel, pairs, c + i * ldc + j, ldc, accumulate);
-        const bf16* rest = a + i * lda;
-        float* out = c + i * ldc + j;
-        switch (rows - i) {
-            case 5:
-                tile<5>(rest, lda, panel, pairs, out, ldc, accumulate);
-                break;
-            case 4:
-                tile<4>(rest, lda, panel, pairs, out, ldc, accumulate);
-                break;
-            case 3:
-                tile<3>(rest, lda, panel, pairs, out, ldc, accumulate);
-                break;
-            case 2:
-                tile<2>(rest, lda, panel, pairs, out, ldc, accumulate);
-                break;
-            case 1:
-                tile<1>(rest, lda, panel, pairs, out, ldc, accumulate);
-                break;
-            default:
-                break;
-        }
-    }
+    for (std::size_t j = 0; j < columns; j += kPanel)
+        multiply_columns<kPanel / 16>(a, lda, rows, b + j * pairs, kPanel, pairs, c + j, ldc, accumulate);
 }
 
 GPO_AVX512 inline void transpose_16x16(__m512i (&r)[16]) {

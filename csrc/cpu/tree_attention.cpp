@@ -99,15 +99,15 @@ struct RightOperand {
     GPO_AMX void multiply_over_dim(const bf16* a, std::size_t head, std::size_t first, float* c) const {
         const pair* tile = over_dim.get() + (head * tiles + first / kColumns) * dim_size;
         for (std::size_t j = 0; j < kColumns; j += 32)
-            amx::tall_block(a, dim, tile + j, dim / 32, c + j, kColumns, false);
+            amx::tall_block(a, dim, tile + j, kPanel, dim / 32, c + j, kColumns, false);
     }
 
     // c (32, dim) += a (32, 64) x.
     GPO_AMX void add_over_tokens(const bf16* a, std::size_t head, std::size_t first, float* c) const {
         const pair* tile = over_tokens.get() + (head * tiles + first / kColumns) * token_size;
         for (std::size_t j = 0; j < dim; j += 32)
-            amx::tall_block(a, kColumns, tile + j / kPanel * kPanel * kColumns / 2 + j % kPanel, kColumns / 32, c + j,
-                            dim, true);
+            amx::tall_block(a, kColumns, tile + j / kPanel * kPanel * kColumns / 2 + j % kPanel, kPanel, kColumns / 32,
+                            c + j, dim, true);
     }
 
     std::size_t tokens, dim, tiles, dim_size, token_size;

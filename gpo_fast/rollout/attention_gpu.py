@@ -4,7 +4,8 @@
     out = attend_shared(q, keys, values, work, lengths, scale, softcap)                            # in every layer
 
 The tokens of a prompt that is being computed are rows as those of running branches are: a group of rows that share the
-pages of their sequence, each seeing the keys up to its own position.
+pages of their sequence, each seeing the keys up to its own position. Where flash-attn is installed they are left out
+of the plan, and it attends for them (flash.py).
 
 With CUDA graphs, `work` is made once for a bucket of batch sizes (`room_for`), captured, and refilled with `prepare`
 before each replay.
@@ -24,6 +25,7 @@ from gpo_fast.kernels.kv_blocks import write_kv
 from gpo_fast.kernels.shared_attention import shared_attention
 from gpo_fast.kernels.work_list import DeviceWork, Plan, PlanArrays, WorkCapacity, build_work
 from gpo_fast.rollout.attention import KVPool
+from gpo_fast.rollout.flash import PromptAttention
 from gpo_fast.rollout.runner import Chunk
 
 PROGRAMS_PER_PROCESSOR = 4  # programs of a launch for each multiprocessor: enough that their ends even out
@@ -98,15 +100,24 @@ class SharedBatch:
     pool: KVPool
     slots: Tensor  # int64 [N]: where each key and value go; -1 for padding
     lengths: Tensor  # int32 [N]: keys that each token sees; 0 for padding
-    work: DeviceWork
+    work: DeviceWork  # of all tokens, or of those before the prompts'
     softcap: float = 0.0
+    prompts: PromptAttention | None = None  # of the last tokens
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float) -> Tensor:
         """See `attention.Batch`."""
         pool_keys, pool_values = self.pool.keys[layer], self.pool.values[layer]
         write_kv(keys, values, pool_keys, pool_values, self.slots)
         queries = queries.to(pool_keys.dtype)
-        return attend_shared(queries, pool_keys, pool_values, self.work, self.lengths, scale, softcap)
+        if self.prompts is None:
+            return attend_shared(queries, pool_keys, pool_values, self.work, self.lengths, scale, softcap)
+        running = len(queries) - self.prompts.rows
+        prompts = self.prompts.attend(queries[running:], pool_keys, pool_values, scale, softcap)
+        if running == 0:
+            return prompts
+        lengths = self.lengths[:running]
+        decoding = attend_shared(queries[:running], pool_keys, pool_values, self.work, lengths, scale, softcap)
+        return torch.cat([decoding, prompts])
 
 
 def attend_shared(

@@ -24,7 +24,7 @@ PANEL = 64
 
 
 class Packed:
-    """A weight [outputs, inputs] in panels of 64 outputs: [panels, inputs / 2, 64, 2] bfloat16, or
+    """A weight [outputs, inputs] in panels of 64 outputs: [panels, 2, inputs / 2, 32, 2] bfloat16, or
     [panels, inputs, 64] float32."""
 
     def __init__(self, modules: list[nn.Module], dtype: torch.dtype, arena: Arena) -> None:
@@ -33,9 +33,7 @@ class Packed:
         self.outputs, self.inputs = sum(len(w) for w in weights), weights[0].shape[1]
         if self.inputs % 2:
             raise ValueError(f"a layer with {self.inputs} inputs, an odd number")
-        panels = -(-self.outputs // PANEL)
-        shape = (panels, self.inputs // 2, PANEL, 2) if dtype == torch.bfloat16 else (panels, self.inputs, PANEL)
-        self.panels = arena.empty(shape, dtype)
+        self.panels = arena.empty((-(-self.outputs // PANEL), PANEL * self.inputs), dtype)
         self.bias = torch.zeros(self.outputs) if any(b is not None for b in biases) else None
         self.pack()
 
@@ -47,7 +45,8 @@ class Packed:
         _C.pack_panels(
             weight=weight.data_ptr(),
             outputs=self.outputs,
-            words=self.inputs * weight.itemsize // 4,
+            inputs=self.inputs,
+            is_bfloat16=weight.dtype == torch.bfloat16,
             panels=self.panels.data_ptr(),
             threads=torch.get_num_threads(),
         )

@@ -1,9 +1,9 @@
 """Steps on a GPU: Triton attention and sampling around the model's own modules, decode steps as CUDA graphs.
 
 A step runs over device buffers that one copy from the host fills (`DeviceStep`), and gives back tokens and logprobs by
-one copy to the host. A step that computes prompts gets buffers of its size and runs kernel by kernel. A step that only
-decodes, the usual one, is padded to a bucket of sizes, whose buffers stay: its kernels are captured once in a CUDA
-graph and replayed with new contents.
+one copy to the host. A step that computes prompts gets buffers of its size and runs kernel by kernel, the prompts'
+attention by flash-attn where it is installed. A step that only decodes, the usual one, is padded to a bucket of sizes,
+whose buffers stay: its kernels are captured once in a CUDA graph and replayed with new contents.
 
 On a CPU (Triton's interpreter, in tests) a replay is a plain call.
 """
@@ -29,6 +29,7 @@ from gpo_fast.kernels.tl_utils import block_dim
 from gpo_fast.kernels.work_list import DeviceWork, Plan, plain_plan
 from gpo_fast.rollout.attention import KVPool
 from gpo_fast.rollout.attention_gpu import SharedBatch, prepare, room_for, with_chunks
+from gpo_fast.rollout.flash import PromptAttention, VarlenAttention, flash_attention
 from gpo_fast.rollout.runner import ModuleForward, Step
 from gpo_fast.rollout.sampler import Drawn
 
@@ -74,7 +75,14 @@ class DeviceStep:
     """
 
     def __init__(
-        self, forward: ModuleForward, pool: KVPool, tokens: int, draws: int, work: DeviceWork, filtered: bool
+        self,
+        forward: ModuleForward,
+        pool: KVPool,
+        tokens: int,
+        draws: int,
+        work: DeviceWork,
+        filtered: bool,
+        prompts: PromptAttention | None = None,
     ) -> None:
         device = pool.keys.device
         per_token = {"tokens": torch.int64, "positions": torch.int64, "slots": torch.int64, "lengths": torch.int32}
@@ -87,7 +95,7 @@ class DeviceStep:
         self.replay: Callable[[], None] | None = None
         self._forward = forward
         at = self.arrays.device
-        self._batch = SharedBatch(pool, at["slots"], at["lengths"], work, forward.softcap)
+        self._batch = SharedBatch(pool, at["slots"], at["lengths"], work, forward.softcap, prompts)
         self._filters = Filters(at["top_k"], at["top_p"], at["min_p"]) if filtered else None
         self._out = torch.zeros(3, draws, dtype=torch.float64, device=device)
 
@@ -181,8 +189,10 @@ class GpuRunner:
         self._graph_memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._addresses = addresses(model)
         self.decode_steps: dict[Bucket, DeviceStep] = {}
+        self._flash, prompts = self._find_flash_attention()
         log.info(
-            "rollouts run the model's own modules with Triton attention and sampling, decode steps %s",
+            "rollouts run the model's own modules with Triton attention and sampling, prompts with %s, decode steps %s",
+            prompts,
             "as CUDA graphs" if fast else "kernel by kernel: fast_forward is off",
         )
 
@@ -210,8 +220,14 @@ class GpuRunner:
 
     def _compute(self, step: Step, plan: Plan) -> DeviceStep:
         """Kernel by kernel, over buffers of the step's own size."""
-        work = prepare(with_chunks(plan, step.chunks), **self._heads_and_pages)
-        device_step = DeviceStep(self._forward, self._pool, len(step.tokens), len(step.rows), work, is_filtered(step))
+        prompts = None
+        if self._flash and step.chunks:
+            prompts = PromptAttention(self._flash, step.chunks, self._pool)
+        else:
+            plan = with_chunks(plan, step.chunks)
+        work = prepare(plan, **self._heads_and_pages)
+        sizes = len(step.tokens), len(step.rows)
+        device_step = DeviceStep(self._forward, self._pool, *sizes, work, is_filtered(step), prompts)
         device_step.load(step)
         device_step.compute()
         return device_step
@@ -247,6 +263,13 @@ class GpuRunner:
         slots = self._pool.keys.shape[1]
         work = room_for(bucket.rows, min(self._max_length, slots), levels=bucket.levels, **self._heads_and_pages)
         return DeviceStep(self._forward, self._pool, bucket.rows, bucket.rows, work, bucket.filtered)
+
+    def _find_flash_attention(self) -> tuple[VarlenAttention | None, str]:
+        """flash-attn's function where it runs, and what the log says of the prompts' attention."""
+        try:
+            return flash_attention(self._pool), "flash-attn's attention"
+        except (ValueError, ImportError) as error:
+            return None, f"the same attention (no flash-attn: {error})"
 
     def _plan(self, step: Step) -> Plan:
         """Which keys the running branches share: the cache's plan, or one in which nothing is shared."""

@@ -20,7 +20,7 @@ from gpo_fast.steps import Step, StepSplitter
 
 OutcomeReward = Callable[[Sequence[Completion]], Sequence[float]]
 
-ONE_ROUND = 128  # continuations that an engine draws sooner at once than in rounds of a part of them
+ONE_ROUND = 256  # continuations that an engine draws sooner at once than in rounds of a part of them
 _SEARCHES: dict[str, type[Search]] = {
     "uniform": UniformSearch,
     "posterior": PosteriorSearch,
@@ -63,7 +63,7 @@ class CriticalStepFinder:
             "logprob", "mistake", "entropy", "gradient" or a function `(completions, steps) -> scores of each
             trajectory's steps` (`proposals`).
         ahead: let "racing" sample more than it must where the engine has little to do: begin next rounds early, and
-            take all of a uniform search's continuations in one round if they are at most 128. More tokens, less time
+            take all of a uniform search's continuations in one round if they are at most 256. More tokens, less time
             where few trajectories are searched at once.
         seed: first seed of the search; every state of every trajectory has streams of its own.
 

@@ -40,7 +40,7 @@ def step_gradients(folder: Path, rows, forest, **changes) -> tuple[float, dict, 
 
 def sampled(folder: Path, **changes):
     """One iteration's rows with their forest: original trajectories, resets, and samples of the search."""
-    run = build(folder, search="all", max_searches=3, reuse="all", **changes)
+    run = build(folder, search="all", max_searches=3, reuse="all", num_resets=4, **changes)
     run.engine.update_weights()
     experience = run.sampler.collect(PROMPTS[:4], seed=3)
     return experience.rows, experience.forest

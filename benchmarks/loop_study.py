@@ -65,7 +65,8 @@ class Study:
         below = np.flatnonzero(curve < float(np.mean(self.final(base_of(algorithm)))) - 1e-12)
         if len(below) == 0:
             return 0.0
-        return None if below[-1] + 1 == len(grid) else float(grid[below[-1] + 1] / self.seconds)
+        share = float(grid[below[-1] + 1] / self.seconds) if below[-1] + 1 < len(grid) else math.inf
+        return share if share <= 1 else None  # a run ends a little after its time
 
     def mean_curve(self, algorithm: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
         grid = np.linspace(0, min(r["points"][-1][axis] for r in self.by_algorithm[algorithm].values()), GRID)

@@ -1,4 +1,4 @@
-"""Proposals: cheap scores of a trajectory's steps that say where a search should look first. They never decide.
+"""Proposals: cheap scores of a trajectory's steps that say where a search should look first. They never decide one.
 
 Each is a function `(completions, steps) -> scores`, a non-negative number for each step of each trajectory. One that
 has a method `learn(completions, steps, rewards)` is told first how the rollouts at hand ended.

@@ -168,8 +168,8 @@ class CriticalStepFinder:
         """The estimator's search; in place of racing one round of all that it may sample, where that is not much."""
         search = _SEARCHES[self.estimator]
         if search is RacingSearch and self.ahead:
-            most = sum(sum(search(problem).most_rollouts().values()) for problem in problems)
-            return PosteriorSearch if self._copies * most <= ONE_ROUND else search
+            most = self._copies * sum(problem.n_samples * len(problem.open_states) for problem in problems)
+            return PosteriorSearch if most <= ONE_ROUND else search
         return search
 
     def most_tokens(self, completion: Completion, *, root_is_known: bool = True) -> int:

@@ -392,7 +392,8 @@ class GuidedSampler:
             advantages = [c.advantages[c.index] for c in found]
             metrics["critical_advantage"] = float(np.mean([a for a in advantages if np.isfinite(a)] or [0.0]))
             metrics["critical_position"] = float(np.mean([c.index / len(c.steps) for c in found]))
-            metrics["critical_confidence"] = float(np.mean([c.confidence for c in found]))
+            if np.isfinite(found[0].confidence):  # else the estimator takes no samples
+                metrics["critical_confidence"] = float(np.mean([c.confidence for c in found]))
             metrics["search_rollouts_saved"] = float(sum(c.rollouts_saved for c in found))
             metrics["search_tokens_saved"] = float(sum(c.tokens_saved for c in found))
             metrics["num_cancelled"] = float(sum(c.num_cancelled for c in found))

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 SplitFunction = Callable[[Sequence[int], Any], Sequence[int]]
 
@@ -27,6 +28,7 @@ METHODS = (*_PATTERNS, "regex", "tokens")
 # A fenced block of Markdown; one that is never closed goes to the end.
 _FENCED = re.compile(r"^[ \t]*(```|~~~)[^\n]*\n.*?(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _AS_IT_IS: dict[str, Any] = {"clean_up_tokenization_spaces": False}
+_text_of_token: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()  # of each tokenizer
 _MOST_BYTES = 4  # of a character in UTF-8, so a character spans at most as many tokens
 
 
@@ -167,10 +169,11 @@ def text_of_tokens(token_ids: Sequence[int], tokenizer: Any) -> tuple[str, list[
     if not ids:
         return "", []
     text = tokenizer.decode(ids, **_AS_IT_IS)
-    # Usually a token adds what it adds after the token before it, and all of them are two calls.
-    pairs = tokenizer.batch_decode([ids[max(0, i - 1) : i + 1] for i in range(len(ids))], **_AS_IT_IS)
-    alone = tokenizer.batch_decode([[t] for t in ids], **_AS_IT_IS)
-    pieces = [pairs[0], *(pair[len(before) :] for pair, before in zip(pairs[1:], alone))]
+    pieces = _alone(ids, tokenizer)
+    if "".join(pieces) != text:
+        # Usually a token adds what it adds after the token before it.
+        pairs = tokenizer.batch_decode([ids[max(0, i - 1) : i + 1] for i in range(len(ids))], **_AS_IT_IS)
+        pieces = [pairs[0], *(pair[len(before) :] for pair, before in zip(pairs[1:], pieces))]
     if "".join(pieces) != text:
         pieces = _decode_step_by_step(ids, tokenizer)
     ends, total = [], 0
@@ -178,6 +181,14 @@ def text_of_tokens(token_ids: Sequence[int], tokenizer: Any) -> tuple[str, list[
         total += len(piece)
         ends.append(total)
     return "".join(pieces), ends
+
+
+def _alone(ids: list[int], tokenizer: Any) -> list[str]:
+    """The text of each token by itself. A rollout's tokens are mostly those of others: it is kept."""
+    texts = _text_of_token.setdefault(tokenizer, {})
+    unknown = sorted(set(ids) - texts.keys())
+    texts.update(zip(unknown, tokenizer.batch_decode([[t] for t in unknown], **_AS_IT_IS)))
+    return [texts[t] for t in ids]
 
 
 def _decode_step_by_step(ids: list[int], tokenizer: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from gpo_fast.critical.racing import PosteriorSearch, RacingSearch
 from gpo_fast.critical.rounds import RoundRunner, SearchRun
 from gpo_fast.critical.search import Search, SearchProblem, UniformSearch
 from gpo_fast.critical.step import SCORES, Criterion, CriticalStep, Estimator, Reset, Reuse, mean
-from gpo_fast.critical.unsampled import ProposedChoice, RandomChoice
+from gpo_fast.critical.unsampled import ProposedChoice, RandomChoice, UnsampledChoice
 from gpo_fast.rollout.types import Completion, Request, RolloutBackend, SamplingParams
 from gpo_fast.steps import Step, StepSplitter
 
@@ -282,7 +283,7 @@ class CriticalStepFinder:
             continuation_rewards=[[r for _, r in d] for d in drawn],
             estimator=self.estimator,
             criterion=self.criterion,
-            confidence=float((problem.winners() == choice.step).mean()),
+            confidence=_confidence(run.search, choice.step),
             rollouts_saved=sum(uniform) - run.num_rollouts,
             tokens_saved=float(np.dot(uniform, lengths)) - run.num_tokens,
             num_rounds=run.num_rounds,
@@ -290,6 +291,13 @@ class CriticalStepFinder:
             reusable=[c for c, _ in reusable],
             reusable_rewards=[r for _, r in reusable],
         )
+
+
+def _confidence(search: Search, step: int) -> float:
+    """The posterior probability of the step; NaN where no sample was meant to tell."""
+    if isinstance(search, UnsampledChoice):
+        return math.nan
+    return float((search.problem.winners() == step).mean())
 
 
 def check_options(n_samples: int, criterion: str, estimator: str, reset: str, reuse: str, delta: float) -> None:

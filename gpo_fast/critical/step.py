@@ -27,7 +27,8 @@ class CriticalStep:
     means of continuations with their standard errors for "uniform" and "bisect" (NaN where a state was not
     sampled), posterior means with their posterior standard deviations for "racing" and "posterior".
     `token_position` is the cut of the reset, counted in completion tokens: completion[:token_position] is kept.
-    `confidence` is the posterior probability (`value_model`) that no other step has a better advantage.
+    `confidence` is the posterior probability (`value_model`) that no other step has a better advantage; NaN
+    where the estimator takes no samples.
     `num_rollouts` and `num_tokens` are what this search sampled, cancelled continuations included; the `saved`
     ones what a uniform search with the same N would have sampled beyond that (tokens are an estimate, from the
     mean length of the continuations of each state or, where there are none, of what the trajectory had left).

@@ -388,7 +388,8 @@ class GPOTrainer(GRPOTrainer):
         advantages = [f.advantages[f.index] for f in found]
         metrics["gpo/critical_advantage"].append(float(np.mean([a for a in advantages if np.isfinite(a)] or [0.0])))
         metrics["gpo/critical_position"].append(float(np.mean([f.index / len(f.steps) for f in found])))
-        metrics["gpo/critical_confidence"].append(float(np.mean([f.confidence for f in found])))
+        if np.isfinite(found[0].confidence):  # else the estimator takes no samples
+            metrics["gpo/critical_confidence"].append(float(np.mean([f.confidence for f in found])))
         metrics["gpo/search_tokens"].append(float(sum(f.num_tokens for f in found)))
         metrics["gpo/search_tokens_saved"].append(float(sum(f.tokens_saved for f in found)))
 

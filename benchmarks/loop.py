@@ -2,13 +2,15 @@
 
     python benchmarks/loop.py gain                 # GRPO, GPO, random resets: two tasks, five seeds, equal time
     python benchmarks/loop.py gain --only-report   # tables and plot of what is finished
-    python benchmarks/loop.py plane                # where resets can win: difficulty x length x pivotal or even
+    python benchmarks/loop.py gradient             # what an update is worth per second, at weights that stay
+    python benchmarks/loop.py plane                # where resets can win: difficulty, length, how it is spread
     python benchmarks/loop.py price --only gpo     # seconds of an iteration, SmolLM2-135M (a row alone)
 
 `gain` trains models of 0.4M parameters from scratch: SmolLM2 is too slow on a CPU for five seeds. Each (task,
 algorithm, seed) is one line of the study's file; a study that was killed goes on, and two processes with different
 --seeds may work on one file. An algorithm may have settings of GPOConfig behind it, as in
-`--algorithms grpo gpo:criterion=max,num_resets=4`; `dpo gpo-dpo` compares those two. `plane` trains nothing: it
+`--algorithms grpo gpo:criterion=max,num_resets=4`; `dpo gpo-dpo` compares those two. `gradient` takes algorithms in
+the same way and adds a warm start to its file with each call (see loop_gradient.py). `plane` trains nothing either: it
 computes the progress that a token buys (see loop_plane.py).
 """
 
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from gpo_fast.bench import loop_plane, loop_price
+from gpo_fast.bench import loop_gradient, loop_plane, loop_price
 from gpo_fast.bench.common import add_common, finish
 from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
 from gpo_fast.bench.loop_price import HEADLINE, ROWS
@@ -43,24 +45,32 @@ def main() -> None:
     gain.add_argument("--seconds", type=float, default=60.0, help="training time of each run")
     gain.add_argument("--learning-rate", type=float, default=3e-4)
     gain.add_argument("--folder", type=Path, default=Path("runs/gain"))
-    plane = commands.add_parser("plane", help="progress per token over difficulty, length, pivotal or even")
+    gradient = commands.add_parser("gradient", help="what an update is worth per second")
+    gradient.add_argument("--tasks", nargs="+", default=["chain_sum"])
+    gradient.add_argument("--steps", type=int, default=6, help="length of a solution in lines")
+    gradient.add_argument("--start", type=float, default=0.3, help="solve rate at which the warm-up ends")
+    gradient.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "gpo-proposal", "random"])
+    gradient.add_argument("--batches", type=int, default=40, help="of 64 problems, for each algorithm")
+    gradient.add_argument("--folder", type=Path, default=Path("runs/gain"), help="its warm starts are those of gain")
+    plane = commands.add_parser("plane", help="progress per token over difficulty, length and how it is spread")
     plane.add_argument("--prompts", type=int, default=2000, help="drawn in each cell")
     plane.add_argument("--price", type=float, default=1.0, help="of training on a token; sampling one costs 1")
-    plane.add_argument("--hit", type=float, default=0.9, help="how often a proposal names the right step")
+    plane.add_argument("--hit", type=float, default=0.85, help="how often a proposal names the right step")
     price = commands.add_parser("price", help="seconds of an iteration")
     price.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(map(repr, ROWS))}")
     price.add_argument("--ablation", action="store_true", help="also GPO with each of its parts switched off")
     price.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     price.add_argument("--repeats", type=int, default=2, help="iterations after one that is not counted")
     price.add_argument("--folder", type=Path, default=Path("runs/price"))
-    for command in (gain, plane, price):
+    for command in (gain, gradient, plane, price):
         add_common(command)
-    for command in (gain, price):
+    for command in (gain, gradient, price):
         command.add_argument("--only-report", action="store_true", help="run nothing")
     arguments = arguments_of.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    {"gain": study, "plane": progress_plane, "price": prices}[arguments.command](arguments)
+    runs = {"gain": study, "gradient": gradient_quality, "plane": progress_plane, "price": prices}
+    runs[arguments.command](arguments)
 
 
 def gain_trials(arguments: argparse.Namespace) -> list[Trial]:
@@ -87,6 +97,25 @@ def study(arguments: argparse.Namespace) -> None:
     found = studies(records)
     plot(found, arguments.folder / "study.png")
     finish(arguments, [s.table() for s in found], {"records": records})
+
+
+def gradient_quality(arguments: argparse.Namespace) -> None:
+    """Measures what is not in the file yet, then reports all that is."""
+    path, batches = arguments.folder / "gradient.jsonl", 3 if arguments.quick else arguments.batches
+
+    def measured() -> list[dict[str, Any]]:
+        return [record for record in read_records(path) if record["batches"] == batches]
+
+    for name, algorithm in product(arguments.tasks, arguments.algorithms):
+        trial = Trial(Task(name, arguments.steps), algorithm, 0, arguments.start, 0.0)
+        if not arguments.only_report and not is_finished(trial, measured()):
+            record = loop_gradient.measure(trial, arguments.folder, batches)
+            append(path, record)
+            print(f"{trial.task.label}, {algorithm}: {record['cpu_seconds']:.2f} s for a batch", flush=True)
+    records = measured()
+    if not loop_gradient.cells(records):
+        raise SystemExit(f"no warm start with {loop_gradient.REFERENCE} and {batches} batches in {path}")
+    finish(arguments, loop_gradient.tables(records), {"records": records})
 
 
 def progress_plane(arguments: argparse.Namespace) -> None:

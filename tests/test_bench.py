@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from gpo_fast.bench import gpu
+from gpo_fast.bench import gpu, loop_gradient
 from gpo_fast.bench.common import mean_interval
 from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
-from gpo_fast.bench.loop_plane import SCHEMES, STEP_TOKENS, Prompt, World, progress
+from gpo_fast.bench.loop_gradient import worth
+from gpo_fast.bench.loop_plane import EVEN, KINDS, SCHEMES, STEP_TOKENS, Prompt, World, progress
 from gpo_fast.bench.loop_price import FullVocabularyTrainer, PlainEngine, Size, StepClock, Way, our_trainer
 from gpo_fast.bench.loop_study import Study, studies
 from gpo_fast.bench.loop_tasks import Task, character_tokenizer, solved
@@ -113,11 +115,11 @@ def test_a_run_is_recorded_once_and_its_clock_leaves_evaluation_out(tmp_path: Pa
         Trial(Task("chain_sum", 2), "gppo", 0, 0.1, 1.0)
 
 
-@pytest.mark.parametrize("pivotal", [False, True])
-def test_the_planes_world_is_what_it_says(pivotal: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_planes_world_is_what_it_says(kind: str) -> None:
     rng = np.random.default_rng(0)
-    world = World(6, 0.3, pivotal)
-    solved_chains = [world.outcomes(rng, world.chain(rng), 1).all() for _ in range(4000)]
+    world = World(6, 0.3, kind)
+    solved_chains = [(rng.random(6) < world.problem(rng)[1]).all() for _ in range(4000)]
     assert abs(np.mean(solved_chains) - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 4000)
     prompts = [Prompt(world, SCHEMES["GRPO, 8"], rng, price=2.0, hit=1.0) for _ in range(3000)]
     mean = np.mean([p.gradient for p in prompts], axis=0)
@@ -129,7 +131,7 @@ def test_the_planes_world_is_what_it_says(pivotal: bool) -> None:
 
 def test_the_plane_counts_what_a_search_samples() -> None:
     """All fail from a lost state, so that a reset after the mistake costs tokens and teaches nothing."""
-    world = World(4, 0.2, pivotal=False)
+    world = World(4, 0.2, EVEN)
     cost = {}
     for name in ("GRPO, 8", "uniform", "racing", "bisect", "random", "proposal", "proposal, every group"):
         rng = np.random.default_rng(1)
@@ -140,6 +142,44 @@ def test_the_plane_counts_what_a_search_samples() -> None:
     assert progress(world, SCHEMES["GRPO, 8"], 500, 1.0, 0.9, seed=0) > progress(
         world, SCHEMES["uniform"], 500, 1.0, 0.9, seed=0
     )
+
+
+def test_the_worth_of_an_update_is_its_part_along_the_true_gradient_over_its_noise() -> None:
+    rng = np.random.default_rng(0)
+    true, scale = rng.normal(size=50), np.append(rng.uniform(0.5, 2.0, 49), 0.0)
+    noise = rng.normal(size=(4000, 50))
+    noise[:, -1] = true[-1] = 0.0  # a parameter without a gradient
+    found = worth(0.5 * true + 3.0 * noise, np.full(4000, 2.0), true, scale)
+    weight = 1 / scale[:-1]
+    expected = (0.5 * (weight * true[:-1] ** 2).sum()) ** 2 / (9.0 * weight.sum())
+    assert found["quality"] == pytest.approx(expected, rel=0.2)
+    assert found["per_second"] == found["quality"] / 2
+    assert abs(found["quality"] - expected) < 8 * found["deviation"]  # of a second, which has half of it
+    few = [worth(own, np.ones(20), true, scale)["quality"] for own in 3.0 * noise.reshape(200, 20, 50)]
+    assert np.median(few) < 0.1 * expected  # noise alone is worth nothing
+
+
+def test_gradients_are_measured_at_weights_that_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_gradient, "solved", _ends_with_an_even_token)  # an untrained model solves nothing
+    trial = Trial(Task("chain_sum", 2), "grpo", 0, start=0.0, seconds=0.0)
+    first, seconds, history = loop_gradient.gradients(trial, tmp_path, 2, seed=1)
+    again, _, _ = loop_gradient.gradients(trial, tmp_path, 2, seed=1)
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first[0], first[1])
+    assert len(first) == len(seconds) == len(history) == 2
+    records = [
+        loop_gradient.measure(Trial(trial.task, algorithm, 0, 0.0, 0.0), tmp_path, 2)
+        for algorithm in ("random", "grpo")
+    ]
+    (cell,) = loop_gradient.cells(records)
+    assert [r["algorithm"] for r in cell] == ["grpo", "random"]
+    assert loop_gradient.ratios(cell)[0] == (1.0, 1.0, 1.0, 0.0)
+    assert records[0]["means"]["num_tokens"] > records[1]["means"]["num_tokens"]
+    json.dumps(records)
+
+
+def _ends_with_an_even_token(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(ids[-1] % 2 == 0) for ids in completion_ids]
 
 
 def test_the_readme_shows_the_committed_results() -> None:

@@ -152,6 +152,7 @@ WAYS: dict[str, Way] = {
     "GPO, uniform with reuse": Way({"estimator": "uniform", "reuse": "all"}),
     # Cheaper, and less sure: see critical_real.py.
     "GPO, half of N": Way({**_OURS, "num_samples": 2}),
+    "GPO, no search": Way({"estimator": "proposal", "reuse": "all"}),
     "GPO, bisection": Way({**_OURS, "estimator": "bisect", "criterion": "min"}),
 }
 HEADLINE = (TRL, BASE, PLAIN, UNIFORM, OURS)

@@ -138,8 +138,7 @@ void bind_rollout(py::module_& module) {
                         reinterpret_cast<void*>(panels), threads);
         },
         "A weight [outputs, inputs], by data pointer, in panels of 64 outputs: float32 [panels, inputs, 64] or "
-        "bfloat16 "
-        "[panels, 2, inputs / 2, 32, 2].",
+        "bfloat16 [panels, 2, inputs / 2, 32, 2].",
         py::kw_only(), py::arg("weight"), py::arg("outputs"), py::arg("inputs"), py::arg("is_bfloat16").noconvert(),
         py::arg("panels"), py::arg("threads"));
     bind_attention(module);

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
+import gpo_fast.config
 from gpo_fast.config import one_of, splitter_of
 from gpo_fast.critical import CriticalStep, CriticalStepFinder
 from gpo_fast.critical.finder import OutcomeReward, check_options
-from gpo_fast.critical.proposals import PROPOSALS
 from gpo_fast.data import is_conversation
 from gpo_fast.forest import TokenForest
 from gpo_fast.integrations.trl_head import install_fused_head
@@ -43,6 +43,12 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def _ours(name: str) -> Any:
+    """The option of gpo_fast.GPOConfig: its default and its help."""
+    own = gpo_fast.config.GPOConfig.__dataclass_fields__[name]
+    return _option(own.default, own.metadata["help"])
+
+
 @dataclass
 class GPOConfig(GRPOConfig):
     """TRL's GRPOConfig and what GPO needs. Every field of GRPOConfig keeps its meaning and default.
@@ -53,42 +59,32 @@ class GPOConfig(GRPOConfig):
 
     use_gpo: bool = _option(True, "Search critical steps and learn from resets; False trains plain GRPO.")
     reset_share: float = _option(0.5, "Share of a searched group's rows that are rollouts from the critical step.")
-    num_samples: int = _option(4, "Monte Carlo continuations per step in the search for the critical step.")
-    criterion: str = _option("max", "Critical step: largest gain (max), fall (min) or change (abs).")
-    estimator: str = _option(
-        "racing",
-        "Search by racing, uniform (the paper's), posterior or bisect (a heuristic). No search: the step that the "
-        "proposal scores highest (proposal), or any (random).",
-    )
-    racing_delta: float = _option(
-        0.1, "Racing stops when another step is better with at most this probability, or before."
-    )
-    proposal: Any = _option(
-        None,
-        f"Order of the search by {', '.join(PROPOSALS)} or a function; off if not set. The estimator proposal takes "
-        "mistake if not set.",
-    )
-    reset: str = _option("before", "Reset to the state before or after the critical step.")
+    num_samples: int = _ours("num_samples")
+    criterion: str = _ours("criterion")
+    estimator: str = _ours("estimator")
+    racing_delta: float = _ours("delta")
+    proposal: Any = _ours("proposal")
+    reset: str = _ours("reset")
     search: Any = _option(
         "mixed",
         "Searched: the worst trajectory of each group with mixed outcomes (mixed) or of every group (worst), or a "
         "function that takes the rewards (groups, n) and gives places, at most one in each group.",
     )
     max_searches: int | None = _option(None, "At most so many trajectories are searched per batch and process.")
-    search_budget: float | None = _option(None, "Most tokens of all searches, as a share of the base rollouts'.")
+    search_budget: float | None = _ours("search_budget")
     reuse: str = _option(
         "none", "Rows that the search's samples of the critical step take in place of new rollouts: none, split or all."
     )
-    step_splitter: Any = _option("newline", f"What a step is: {', '.join(METHODS)}, or a function.")
-    step_pattern: str | None = _option(None, "Regular expression of the end of a step, for the splitter regex.")
-    min_step_tokens: int = _option(4, "A shorter step is merged with its neighbour.")
-    max_steps_per_trajectory: int = _option(64, "A trajectory with more steps is thinned evenly.")
-    min_steps_per_trajectory: int = _option(1, "A trajectory with fewer steps has its longest ones halved.")
+    step_splitter: Any = _ours("step_splitter")
+    step_pattern: str | None = _ours("step_pattern")
+    min_step_tokens: int = _ours("min_step_tokens")
+    max_steps_per_trajectory: int = _ours("max_steps_per_trajectory")
+    min_steps_per_trajectory: int = _ours("min_steps_per_trajectory")
     packing: str = _option("padded", "Train each row by itself (padded), or tokens that rows share once (tree).")
     use_rollout_engine: bool = _option(True, "Sample with gpo-fast's engine; must stay True with use_gpo.")
     use_fused_head: bool = _option(True, "Compute log-probabilities with gpo-fast's kernels.")
-    max_batch_size: int = _option(64, "Sequences that the rollout engine decodes together.")
-    kv_cache_memory: int | None = _option(None, "Bytes for the rollout engine's KV cache; chosen if not set.")
+    max_batch_size: int = _ours("max_batch_size")
+    kv_cache_memory: int | None = _ours("kv_cache_memory")
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # TRL has none

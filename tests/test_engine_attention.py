@@ -93,6 +93,37 @@ def test_attention_of_one_sequence_sees_only_its_own_keys(kernels: str, heads: i
         assert (ours - truth).norm() <= 2**-8 * (truth.norm() + 1)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+@pytest.mark.parametrize("block_size", [1, 16, 48, 64])  # from key 512 on, a piece begins within a page of 48
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_a_row_alone_equals_the_row_among_many(kernels: str, kv_heads: int, block_size: int, group: int) -> None:
+    """Of many sequences a task takes all KV heads of a piece, of one sequence a single head."""
+    rows, dim, heads = 20, 64, kv_heads * group
+    lengths = torch.randint(1, 100, (rows,)).numpy()
+    lengths[0] = 512 + int(torch.randint(1, 100, ()))
+    pages = -(-int(lengths.max()) // block_size)
+    tables = torch.randperm(rows * pages).view(rows, pages).numpy()
+    pool = KVPool(1, rows * pages, block_size, kv_heads, dim, torch.bfloat16, torch.device("cpu"))
+    pool.keys.normal_()
+    pool.values.normal_()
+    query = torch.randn(rows, heads, dim).bfloat16()
+
+    def attend(chosen: slice) -> torch.Tensor:
+        segments = private_segments(tables[chosen], lengths[chosen], block_size)
+        batch = PagedBatch(pool, torch.empty(len(lengths[chosen]), dtype=torch.int64), segments)
+        return attend_cpp(query[chosen], pool.keys[0], pool.values[0], batch.plan(heads, 0.1, 0.0))
+
+    together = attend(slice(None))
+    for row in range(rows):
+        slots = (torch.from_numpy(tables[row])[:, None] * block_size + torch.arange(block_size)).flatten()
+        slots = slots[: lengths[row]]
+        keys, values = (x[0][slots].repeat_interleave(group, 1).double() for x in (pool.keys, pool.values))
+        weights = torch.einsum("hd,whd->hw", query[row].double() * 0.1, keys).softmax(-1)
+        truth = torch.einsum("hw,whd->hd", weights, values)
+        assert (together[row].double() - truth).norm() <= 2**-8 * (truth.norm() + 1)
+        assert torch.equal(attend(slice(row, row + 1))[0], together[row])
+
+
 def test_rows_that_see_nothing_get_zero(kernels: str) -> None:
     pool = KVPool(1, 2, 4, 1, 16, torch.float32, torch.device("cpu"))
     pool.keys.fill_(torch.nan)

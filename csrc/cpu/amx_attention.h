@@ -9,7 +9,8 @@
 //
 // Of few rows (a branch's own tail, a sequence that shares nothing) a vector holds several keys of all rows, and the
 // values are multiplied as they lie, by `vdpbf16ps`: whole tiles of 16 rows would be empty for the most part, and
-// turning the values round costs more than multiplying them.
+// turning the values round costs more than multiplying them. Of one or two rows, so are the keys. What takes the time
+// is the memory: rows of the pool are asked for ahead, a few with each product.
 #pragma once
 
 #include "cpu/amx.h"
@@ -95,6 +96,7 @@ inline void find_keys(const AttentionPiece& piece, int64_t* places) {
 // The pool is read in short stretches, which the hardware does not foresee.
 GPO_AMX inline void prefetch_row(const bf16* row, int64_t dim) {
     for (int64_t d = 0; d < dim; d += 32) _mm_prefetch(reinterpret_cast<const char*>(row + d), _MM_HINT_T0);
+    __asm__ volatile("");  // else gcc drops calls that it does not inline: a prefetch is no effect to it
 }
 
 GPO_AMX inline __mmask32 first_halves(int64_t count) {
@@ -249,21 +251,23 @@ GPO_AMX inline void store_sums(const AttentionPiece& piece, const PieceArrays& a
     }
 }
 
-constexpr int64_t kFewRows = 8;
+constexpr int64_t kBytesAhead = 8192;  // of keys or values, between what is read and what is asked for
 
-// The arrays of a piece of up to `Rows` rows, 4 or 8.
+// The arrays of a piece of up to `Rows` rows: 2, 4 or 8.
 template <int64_t Rows>
 struct FewArrays {
     int64_t keys, dim;
-    pair* queries;    // [dim / 2, Rows]
+    int64_t ahead;    // rows, see prefetch_ahead
+    pair* queries;    // [dim / 2, Rows], or of 2 rows [Rows, dim / 2]
     bf16* key_block;  // [kKeyBlock, dim]
     float* scores;    // [keys, Rows]
     pair* weights;    // [keys / 2, Rows]
-    int64_t* places;  // [keys]: see find_keys
+    int64_t* places;  // [keys]: see find_keys; beyond the piece's, the last of them
 
     FewArrays(const AttentionPiece& piece, Scratch& scratch)
         : keys(static_cast<int64_t>(round_up(piece.count, kKeyBlock))),
-          dim(static_cast<int64_t>(round_up(piece.dim, 32))) {
+          dim(static_cast<int64_t>(round_up(piece.dim, 32))),
+          ahead(std::min<int64_t>(piece.count, kBytesAhead / (2 * dim))) {
         char* at = static_cast<char*>(
             scratch.take(2 * dim * Rows + 2 * kKeyBlock * dim + 4 * keys * Rows + 2 * keys * Rows + 8 * keys));
         const auto next = [&at](std::size_t bytes) { return std::exchange(at, at + bytes); };
@@ -275,6 +279,16 @@ struct FewArrays {
     }
 };
 
+// At row `i` of the keys or values that the thread reads now, asks for the row that it reads `ahead` rows later, of
+// these or of those that come next (null: none are known).
+template <int64_t Rows>
+GPO_AMX inline void prefetch_ahead(const AttentionPiece& piece, const FewArrays<Rows>& arrays, const void* now,
+                                   const void* next, int64_t i) {
+    i += arrays.ahead;
+    if (i >= piece.count) i -= piece.count, now = next;
+    if (i < piece.count && now) prefetch_row(static_cast<const bf16*>(now) + arrays.places[i], piece.dim);
+}
+
 template <int64_t Rows>
 GPO_AMX inline void pack_few_queries(const AttentionPiece& piece, FewArrays<Rows>& arrays) {
     alignas(64) pair row[16];
@@ -284,8 +298,13 @@ GPO_AMX inline void pack_few_queries(const AttentionPiece& piece, FewArrays<Rows
             const __mmask16 there = r < piece.rows ? 0xffff : 0;
             const __m512 low = _mm512_maskz_loadu_ps(there & first_lanes(piece.padded - d), from);
             const __m512 high = _mm512_maskz_loadu_ps(there & first_lanes(piece.padded - d - 16), from + 16);
-            _mm512_store_si512(row, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-            for (int64_t i = 0; i < 16; ++i) arrays.queries[(d / 2 + i) * Rows + r] = row[i];
+            const __m512i narrow = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            if constexpr (Rows == 2) {
+                _mm512_store_si512(arrays.queries + (r * arrays.dim + d) / 2, narrow);
+            } else {
+                _mm512_store_si512(row, narrow);
+                for (int64_t i = 0; i < 16; ++i) arrays.queries[(d / 2 + i) * Rows + r] = row[i];
+            }
         }
     }
 }
@@ -295,18 +314,21 @@ GPO_AMX inline void pack_few_queries(const AttentionPiece& piece, FewArrays<Rows
 template <int64_t Rows>
 GPO_AMX inline void score_few_keys(const AttentionPiece& piece, FewArrays<Rows>& arrays) {
     const bool in_place = piece.block_size % 16 == 0 && piece.first % 16 == 0 && piece.dim % 32 == 0;
-    const bf16 *keys = static_cast<const bf16*>(piece.keys), *values = static_cast<const bf16*>(piece.values);
+    const bf16* keys = static_cast<const bf16*>(piece.keys);
     const int64_t stride = in_place ? piece.slot_stride : arrays.dim;
+    // Of the rows to ask for at 16 keys, a part with each of their products.
+    const int64_t part = (16 * 32 + arrays.dim - 1) / arrays.dim;
+    const auto ask = [&](int64_t t, int64_t d) GPO_AMX {
+        for (int64_t i = d / 32 * part; i < std::min<int64_t>(16, (d / 32 + 1) * part); ++i)
+            prefetch_ahead(piece, arrays, piece.keys, piece.values, t + i);
+    };
     AmxConfiguration few;
     for (const int tile : {0, 1, 6}) few.row_bytes[tile] = Rows * sizeof(float);
     AmxTiles::set_up(few);
     for (int64_t start = 0; start < piece.count; start += kKeyBlock) {
-        for (int64_t t = start; t < std::min<int64_t>(piece.count, start + kKeyBlock); ++t) {
-            prefetch_row(values + arrays.places[t], piece.dim);
-            if (t + kKeyBlock < piece.count) prefetch_row(keys + arrays.places[t + kKeyBlock], piece.dim);
-            if (!in_place)
+        if (!in_place)
+            for (int64_t t = start; t < std::min<int64_t>(piece.count, start + kKeyBlock); ++t)
                 copy_row(keys + arrays.places[t], piece.dim, arrays.dim, arrays.key_block + (t - start) * arrays.dim);
-        }
         const bool wide = start + 16 < piece.count;
         const bf16* first = in_place ? keys + arrays.places[start] : arrays.key_block;
         const bf16* second = in_place && wide ? keys + arrays.places[start + 16] : arrays.key_block + 16 * arrays.dim;
@@ -317,9 +339,11 @@ GPO_AMX inline void score_few_keys(const AttentionPiece& piece, FewArrays<Rows>&
             _tile_loadd(6, arrays.queries + d / 2 * Rows, Rows * sizeof(pair));
             _tile_loadd(4, first + d, stride * sizeof(bf16));
             _tile_dpbf16ps(0, 4, 6);
+            ask(start, d);
             if (!wide) continue;
             _tile_loadd(5, second + d, stride * sizeof(bf16));
             _tile_dpbf16ps(1, 5, 6);
+            ask(start + 16, d);
         }
         float* scores = arrays.scores + start * Rows;
         _tile_stored(0, scores, Rows * sizeof(float));
@@ -329,11 +353,50 @@ GPO_AMX inline void score_few_keys(const AttentionPiece& piece, FewArrays<Rows>&
     AmxTiles::set_up(AmxConfiguration{});
 }
 
+// Lane i: the sum of the lanes of vectors[i].
+GPO_AMX inline __m512 sums_of_lanes(__m512 (&vectors)[16]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2)  // each quarter holds parts of i, i + 1, i, i + 1
+        vectors[i / 2] = _mm512_add_ps(_mm512_unpacklo_ps(vectors[i], vectors[i + 1]),
+                                       _mm512_unpackhi_ps(vectors[i], vectors[i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2)  // each quarter holds parts of 2 i to 2 i + 3
+        vectors[i / 2] = _mm512_add_ps(_mm512_shuffle_ps(vectors[i], vectors[i + 1], 0x44),
+                                       _mm512_shuffle_ps(vectors[i], vectors[i + 1], 0xee));
+    const auto add_quarters = [](__m512 a, __m512 b) GPO_AMX {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return add_quarters(add_quarters(vectors[0], vectors[1]), add_quarters(vectors[2], vectors[3]));
+}
+
+// S [keys, 2], 8 keys at a time, which are read one after the other. Tiles read a line of 16 keys, then the next line:
+// from memory that is slower, and of two rows it saves too little.
+GPO_AMX inline void score_keys_of_two(const AttentionPiece& piece, FewArrays<2>& arrays) {
+    const bf16 *first = reinterpret_cast<const bf16*>(arrays.queries), *second = first + arrays.dim;
+    for (int64_t t = 0; t < piece.count; t += 8) {
+        __m512 sums[16];
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < 8; ++i) {
+            const bf16* key = static_cast<const bf16*>(piece.keys) + arrays.places[t + i];
+            prefetch_ahead(piece, arrays, piece.keys, piece.values, t + i);
+            sums[2 * i] = sums[2 * i + 1] = _mm512_setzero_ps();
+            for (int64_t d = 0; d < piece.dim; d += 32) {
+                const __m512bh part = as_bf16(_mm512_maskz_loadu_epi16(first_halves(piece.dim - d), key + d));
+                sums[2 * i] = _mm512_dpbf16_ps(sums[2 * i], as_bf16(_mm512_load_si512(first + d)), part);
+                sums[2 * i + 1] = _mm512_dpbf16_ps(sums[2 * i + 1], as_bf16(_mm512_load_si512(second + d)), part);
+            }
+        }
+        _mm512_store_ps(arrays.scores + 2 * t, sums_of_lanes(sums));
+    }
+}
+
 // The largest, or the sum, of the lanes of each row.
 template <int64_t Rows, typename Combine>
 GPO_AMX inline __m512 over_keys(__m512 lanes, const Combine& combine) {
     lanes = combine(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0x4e));
-    return Rows == 8 ? lanes : combine(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0xb1));
+    if constexpr (Rows <= 4) lanes = combine(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0xb1));
+    if constexpr (Rows <= 2) lanes = combine(lanes, _mm512_permute_ps(lanes, 0x4e));
+    return lanes;
 }
 
 // The weights of pairs of keys, with the rows' maxima and totals. Lane i: row i % Rows, key i / Rows of 16 / Rows.
@@ -372,62 +435,101 @@ GPO_AMX inline void weigh_few(const AttentionPiece& piece, FewArrays<Rows>& arra
     _mm512_mask_storeu_ps(piece.total, there, total);
 }
 
-// Sums of the values of `Used` rows, 32 columns at a time, two keys in one product.
-template <int64_t Rows, int64_t Used>
-GPO_AMX inline void add_few_values(const AttentionPiece& piece, const FewArrays<Rows>& arrays) {
-    const bf16* values = static_cast<const bf16*>(piece.values);
-    for (int64_t d = 0; d < piece.dim; d += 32) {
-        const __mmask32 inside = first_halves(piece.dim - d);
-        __m512 low[Used], high[Used];  // of each 8 columns the first and the last 4
-        for (int64_t r = 0; r < Used; ++r) low[r] = high[r] = _mm512_setzero_ps();
-        for (int64_t t = 0; t < piece.count; t += 2) {
-            const bool both = t + 1 < piece.count;
-            const __m512i even = _mm512_maskz_loadu_epi16(inside, values + arrays.places[t] + d);
-            const __m512i odd = _mm512_maskz_loadu_epi16(both ? inside : 0, values + arrays.places[t + both] + d);
+// Sums of the values of `Used` rows, two keys in one product: `Parts` times 32 columns from `d` on.
+template <int64_t Rows, int64_t Used, int64_t Parts>
+GPO_AMX inline void add_columns(const AttentionPiece& piece, const FewArrays<Rows>& arrays, int64_t d) {
+    const bf16* values = static_cast<const bf16*>(piece.values) + d;
+    __mmask32 inside[Parts];
+    __m512 low[Parts][Used], high[Parts][Used];  // of each 8 columns the first and the last 4
+#pragma GCC unroll 4
+    for (int64_t p = 0; p < Parts; ++p) {
+        inside[p] = first_halves(piece.dim - d - 32 * p);
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < Used; ++r) low[p][r] = high[p][r] = _mm512_setzero_ps();
+    }
+    for (int64_t t = 0; t < piece.count; t += 2) {
+        if (d == 0) {
+            prefetch_ahead(piece, arrays, piece.values, piece.next_keys, t);
+            prefetch_ahead(piece, arrays, piece.values, piece.next_keys, t + 1);
+        }
+        const bf16 *even_row = values + arrays.places[t], *odd_row = values + arrays.places[t + 1];
+        const pair* weights = arrays.weights + t / 2 * Rows;
+#pragma GCC unroll 4
+        for (int64_t p = 0; p < Parts; ++p) {
+            const __m512i even = _mm512_maskz_loadu_epi16(inside[p], even_row + 32 * p);
+            const __m512i odd = _mm512_maskz_loadu_epi16(inside[p], odd_row + 32 * p);
             const __m512bh first = as_bf16(_mm512_unpacklo_epi16(even, odd));
             const __m512bh second = as_bf16(_mm512_unpackhi_epi16(even, odd));
-            const pair* weights = arrays.weights + t / 2 * Rows;
 #pragma GCC unroll 8
             for (int64_t r = 0; r < Used; ++r) {
                 const __m512bh weight = as_bf16(_mm512_set1_epi32(static_cast<int>(weights[r])));
-                low[r] = _mm512_dpbf16_ps(low[r], weight, first);
-                high[r] = _mm512_dpbf16_ps(high[r], weight, second);
+                low[p][r] = _mm512_dpbf16_ps(low[p][r], weight, first);
+                high[p][r] = _mm512_dpbf16_ps(high[p][r], weight, second);
             }
         }
-        const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-        const __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
+    }
+    const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
+#pragma GCC unroll 4
+    for (int64_t p = 0; p < Parts; ++p) {
+#pragma GCC unroll 8
         for (int64_t r = 0; r < Used; ++r) {
-            float* to = piece.sum + r * piece.padded + d;
-            _mm512_storeu_ps(to, _mm512_permutex2var_ps(low[r], front, high[r]));
-            if (d + 16 < piece.padded) _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(low[r], back, high[r]));
+            const int64_t column = d + 32 * p;
+            float* to = piece.sum + r * piece.padded + column;
+            _mm512_storeu_ps(to, _mm512_permutex2var_ps(low[p][r], front, high[p][r]));
+            if (column + 16 < piece.padded)
+                _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(low[p][r], back, high[p][r]));
         }
     }
 }
 
-template <int64_t Rows>
+// Whole values at a time, as far as their sums fit the registers.
+template <int64_t Rows, int64_t Used>
+GPO_AMX inline void add_few_values(const AttentionPiece& piece, const FewArrays<Rows>& arrays) {
+    constexpr int64_t kParts = Used <= 2 ? 4 : Used <= 4 ? 2 : 1;
+    int64_t d = 0;
+    for (; d + 32 * kParts <= arrays.dim; d += 32 * kParts) add_columns<Rows, Used, kParts>(piece, arrays, d);
+    for (; d < arrays.dim; d += 32) add_columns<Rows, Used, 1>(piece, arrays, d);
+}
+
+template <int64_t Rows, int64_t Used>
 GPO_AMX inline void attend_few(const AttentionPiece& piece, Scratch& scratch) {
     FewArrays<Rows> arrays(piece, scratch);
     find_keys(piece, arrays.places);
+    std::fill(arrays.places + piece.count, arrays.places + arrays.keys, arrays.places[piece.count - 1]);
     pack_few_queries(piece, arrays);
-    score_few_keys(piece, arrays);
+    if constexpr (Rows == 2) {
+        score_keys_of_two(piece, arrays);
+    } else {
+        score_few_keys(piece, arrays);
+    }
     if (piece.softcap > 0) cap_scores(piece, piece.count * Rows, arrays.scores);
     weigh_few(piece, arrays);
-    switch (piece.rows) {
-        case Rows - 3:
-            return add_few_values<Rows, Rows - 3>(piece, arrays);
-        case Rows - 2:
-            return add_few_values<Rows, Rows - 2>(piece, arrays);
-        case Rows - 1:
-            return add_few_values<Rows, Rows - 1>(piece, arrays);
-        default:
-            return add_few_values<Rows, Rows>(piece, arrays);
-    }
+    add_few_values<Rows, Used>(piece, arrays);
 }
 
 GPO_AMX inline void attend_bfloat16(const AttentionPiece& piece) {
     static thread_local Scratch scratch;
-    if (piece.rows <= 4) return attend_few<4>(piece, scratch);
-    if (piece.rows <= kFewRows) return attend_few<8>(piece, scratch);
+    switch (piece.rows) {
+        case 1:
+            return attend_few<2, 1>(piece, scratch);
+        case 2:
+            return attend_few<2, 2>(piece, scratch);
+        case 3:
+            return attend_few<4, 3>(piece, scratch);
+        case 4:
+            return attend_few<4, 4>(piece, scratch);
+        case 5:
+            return attend_few<8, 5>(piece, scratch);
+        case 6:
+            return attend_few<8, 6>(piece, scratch);
+        case 7:
+            return attend_few<8, 7>(piece, scratch);
+        case 8:
+            return attend_few<8, 8>(piece, scratch);
+        default:
+            break;
+    }
     PieceArrays arrays(piece, scratch);
     find_keys(piece, arrays.places);
     pack_queries(piece, arrays);

@@ -140,6 +140,7 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
     const int64_t blocks = ceil_div(ceil_div(rows, kBlockRows), threads) * threads;
     const int64_t block = ceil_div(ceil_div(rows, blocks), kTileRows) * kTileRows;
     const bool in_blocks = rows >= threads * kBlockRows;
+    const AttentionPlan::TaskSizes pieces = plan.tasks_for(threads);
 
     Barrier barrier(threads);
     Tasks tasks[2];  // of this phase and of the next
@@ -220,8 +221,9 @@ void Decoder::forward(const DecoderBatch& batch, AttentionPlan& plan, int thread
         for (const DecoderLayer& layer : layers_) {
             on_rows(
                 [&](const auto& each, int64_t start, int64_t count) { before_attention(each, start, count, layer); });
-            together(plan.num_pieces(),
-                     [&](int64_t piece) { plan.attend(piece, qkv_.data(), qkv_stride_, layer.keys, layer.values); });
+            together(pieces.count, [&](int64_t task) {
+                plan.attend(task, pieces, qkv_.data(), qkv_stride_, layer.keys, layer.values);
+            });
             on_rows(
                 [&](const auto& each, int64_t start, int64_t count) { after_attention(each, start, count, layer); });
         }

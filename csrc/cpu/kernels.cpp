@@ -12,6 +12,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inline functions of this file only
 // GCC 12 warns about its own `_mm512_undefined_ps` wherever it inlines the intrinsics that use it.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #include "cpu/amx.h"

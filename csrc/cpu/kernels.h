@@ -13,6 +13,7 @@ namespace gpo_fast::cpu {
 constexpr int kPanelColumns = 64;
 constexpr int kStripColumns = 32;
 constexpr int kKeyTile = 64;  // keys that one pass of the attention loop takes together
+constexpr int kFewRows = 8;   // up to so many rows, attention takes as long as the reading of its keys and values
 
 // Attention of `rows` queries over the keys [first, first + count) of a page list: one piece of a larger set.
 struct AttentionPiece {
@@ -20,6 +21,7 @@ struct AttentionPiece {
     const int32_t* visible;  // [rows]: how many of the page list's keys, from its start, a row sees
     const void* keys;        // of one KV head: slot s at keys + s * slot_stride elements
     const void* values;
+    const void* next_keys;  // as `keys`: those that this thread reads next from the same pages, or null
     const int32_t* pages;
     float* highest;  // [rows]: largest score, -inf where nothing is seen
     float* total;    // [rows]: sum of exp(score - highest)

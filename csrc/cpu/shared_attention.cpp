@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
@@ -14,6 +15,7 @@ namespace {
 
 constexpr int64_t kQueryRows = 96;  // queries of a piece: their scores and sums stay in the second cache
 constexpr int64_t kKeyRange = 512;  // keys of a piece: enough pieces for all threads where there are few rows
+constexpr int64_t kTasks = 8;       // of few rows, for each thread: they end nearly together
 
 }  // namespace
 
@@ -33,8 +35,11 @@ AttentionPlan::AttentionPlan(const Segments& segments, int64_t num_rows, const A
                 pages_.data() + segments.page_offsets[s]);
     }
     // The largest pieces first, so that no thread is left with one at the end.
-    std::stable_sort(pieces_.begin(), pieces_.end(),
-                     [](const Piece& a, const Piece& b) { return a.rows * a.keys > b.rows * b.keys; });
+    const auto size = [this](const Piece& piece) {
+        return std::make_pair(!has_few_rows(piece), piece.rows * piece.keys);
+    };
+    std::stable_sort(pieces_.begin(), pieces_.end(), [&](const Piece& a, const Piece& b) { return size(a) > size(b); });
+    num_large_ = std::count_if(pieces_.begin(), pieces_.end(), [this](const Piece& p) { return !has_few_rows(p); });
     int64_t total = 0;
     std::vector<int64_t> parts_of(num_rows, 0);
     for (Piece& piece : pieces_) {
@@ -62,11 +67,32 @@ void AttentionPlan::cut(int32_t first_row, int32_t stop_row, const int32_t* page
     }
 }
 
-void AttentionPlan::attend(int64_t index, const float* query, int64_t stride, const void* keys, const void* values) {
+bool AttentionPlan::has_few_rows(const Piece& piece) const { return piece.rows * heads_ <= kFewRows; }
+
+AttentionPlan::TaskSizes AttentionPlan::tasks_for(int threads) const {
+    const int64_t kv_heads = shape_.num_kv_heads, small = static_cast<int64_t>(pieces_.size()) - num_large_;
+    const int64_t heads = std::clamp<int64_t>(small * kv_heads / (kTasks * threads), 1, kv_heads);
+    const int64_t groups = (kv_heads + heads - 1) / heads;
+    return {heads, groups, num_large_ * kv_heads + small * groups};
+}
+
+void AttentionPlan::attend(int64_t task, const TaskSizes& sizes, const float* query, int64_t stride, const void* keys,
+                           const void* values) {
+    const int64_t kv_heads = shape_.num_kv_heads, large = num_large_ * kv_heads;
+    if (task < large) {
+        return attend_head(pieces_[task / kv_heads], task % kv_heads, false, query, stride, keys, values);
+    }
+    const Piece& piece = pieces_[num_large_ + (task - large) / sizes.groups];
+    const int64_t first = (task - large) % sizes.groups * sizes.heads, stop = std::min(kv_heads, first + sizes.heads);
+    for (int64_t head = first; head < stop; ++head)
+        attend_head(piece, head, head + 1 < stop, query, stride, keys, values);
+}
+
+void AttentionPlan::attend_head(const Piece& piece, int64_t group, bool has_next, const float* query, int64_t stride,
+                                const void* keys, const void* values) {
     static thread_local std::vector<float> scratch;
     static thread_local std::vector<int32_t> visible;
-    const Piece& piece = pieces_[index / shape_.num_kv_heads];
-    const int64_t group = index % shape_.num_kv_heads, rows = piece.rows * heads_;
+    const int64_t rows = piece.rows * heads_;
     scratch.resize(rows * padded_ + attention_scratch(rows, padded_));
     visible.resize(rows);
     for (int64_t i = 0; i < piece.rows; ++i) {
@@ -78,14 +104,27 @@ void AttentionPlan::attend(int64_t index, const float* query, int64_t stride, co
         }
         std::fill_n(visible.begin() + i * heads_, heads_, visible_[piece.first_row + i]);
     }
-    const int64_t head_bytes = group * shape_.head_dim * (shape_.is_bfloat16 ? 2 : 4);
+    const int64_t head_size = shape_.head_dim * (shape_.is_bfloat16 ? 2 : 4), head_bytes = group * head_size;
     float* result = results_.data() + piece.result + group * result_size(piece);
-    kernels().attend({scratch.data(), visible.data(), static_cast<const char*>(keys) + head_bytes,
-                      static_cast<const char*>(values) + head_bytes, piece.pages, result, result + rows,
-                      result + 2 * rows, scratch.data() + rows * padded_,
-                      static_cast<int64_t>(shape_.num_kv_heads) * shape_.head_dim, static_cast<int32_t>(rows),
-                      static_cast<int32_t>(piece.first_key), static_cast<int32_t>(piece.keys), shape_.block_size,
-                      shape_.head_dim, static_cast<int32_t>(padded_), shape_.scale, shape_.softcap,
+    kernels().attend({scratch.data(),
+                      visible.data(),
+                      static_cast<const char*>(keys) + head_bytes,
+                      static_cast<const char*>(values) + head_bytes,
+                      has_next ? static_cast<const char*>(keys) + head_bytes + head_size : nullptr,
+                      piece.pages,
+                      result,
+                      result + rows,
+                      result + 2 * rows,
+                      scratch.data() + rows * padded_,
+                      static_cast<int64_t>(shape_.num_kv_heads) * shape_.head_dim,
+                      static_cast<int32_t>(rows),
+                      static_cast<int32_t>(piece.first_key),
+                      static_cast<int32_t>(piece.keys),
+                      shape_.block_size,
+                      shape_.head_dim,
+                      static_cast<int32_t>(padded_),
+                      shape_.scale,
+                      shape_.softcap,
                       shape_.is_bfloat16});
 }
 
@@ -125,6 +164,7 @@ void shared_attention(AttentionPlan& plan, const void* query, const void* keys, 
     const float* queries = shape.is_bfloat16 ? wide.data() : static_cast<const float*>(query);
     Barrier barrier(threads);
     Tasks widen_rows, pieces, merge_rows;
+    const AttentionPlan::TaskSizes sizes = plan.tasks_for(threads);
     run_parallel(threads, [&](int) {
         const KernelScope scope;
         std::vector<float> row_values(width);
@@ -132,7 +172,7 @@ void shared_attention(AttentionPlan& plan, const void* query, const void* keys, 
         while (shape.is_bfloat16 && widen_rows.take(plan.num_rows(), task))
             kernels().widen(static_cast<const uint16_t*>(query) + task * width, width, wide.data() + task * width);
         barrier.wait();
-        while (pieces.take(plan.num_pieces(), task)) plan.attend(task, queries, width, keys, values);
+        while (pieces.take(sizes.count, task)) plan.attend(task, sizes, queries, width, keys, values);
         barrier.wait();
         while (merge_rows.take(plan.num_rows(), task)) {
             if (shape.is_bfloat16) {

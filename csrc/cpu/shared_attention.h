@@ -36,11 +36,19 @@ class AttentionPlan {
   public:
     AttentionPlan(const Segments& segments, int64_t num_rows, const AttentionShape& shape);
 
+    // How the work of a layer is cut for a number of threads. A piece of many rows is a task for each KV head. Of a
+    // piece of few rows a task takes KV heads that lie together, as many as leave enough tasks: memory is read in
+    // longer stretches, and a thread knows what it reads next.
+    struct TaskSizes {
+        int64_t heads, groups;  // KV heads of a task, and tasks of a piece, where there are few rows
+        int64_t count;
+    };
+    TaskSizes tasks_for(int threads) const;
     // query [rows, heads, head size], a row `stride` after the one before; keys and values [slots, kv heads, head
     // size] of one layer.
-    int64_t num_pieces() const { return static_cast<int64_t>(pieces_.size()) * shape_.num_kv_heads; }
-    void attend(int64_t piece, const float* query, int64_t stride, const void* keys, const void* values);
-    // After all pieces: out [heads, head size] of one row.
+    void attend(int64_t task, const TaskSizes& sizes, const float* query, int64_t stride, const void* keys,
+                const void* values);
+    // After all tasks: out [heads, head size] of one row.
     void merge(int64_t row, float* out) const;
 
     int64_t num_rows() const { return num_rows_; }
@@ -56,12 +64,17 @@ class AttentionPlan {
         int32_t piece, index;
     };
     void cut(int32_t first_row, int32_t stop_row, const int32_t* pages);
+    bool has_few_rows(const Piece& piece) const;
+    // `has_next`: this thread takes the next KV head of the piece after this one.
+    void attend_head(const Piece& piece, int64_t group, bool has_next, const float* query, int64_t stride,
+                     const void* keys, const void* values);
     int64_t result_size(const Piece& piece) const { return piece.rows * heads_ * (padded_ + 2); }
 
     const AttentionShape shape_;
     const int64_t num_rows_, heads_, padded_;  // heads_: query heads of a KV head
     std::vector<int32_t> pages_, rows_, visible_;
-    std::vector<Piece> pieces_;
+    std::vector<Piece> pieces_;          // those of many rows first
+    int64_t num_large_ = 0;              // of many rows
     std::vector<int64_t> part_offsets_;  // [rows + 1]
     std::vector<Part> parts_;
     std::vector<float> results_;

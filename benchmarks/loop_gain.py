@@ -44,6 +44,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "num_resets": 8,
     },
     "random": {"estimator": "random"},
+    "grpo-credit": {"use_gpo": False, "credit": "mistake"},
+    "gpo-credit": {"estimator": "proposal", "search": "worst", "reuse": "all", "credit": "mistake"},
     "dpo": {"loss_type": "dpo", "use_gpo": False},
     "gpo-dpo": {"loss_type": "dpo", "estimator": "racing"},
 }

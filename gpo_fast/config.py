@@ -129,6 +129,12 @@ class GPOConfig(TrainingArguments):
         f"{' and '.join(UNSCALED)} do. rloo's baseline leaves the completion itself out.",
     )
     awr_beta: float = _option(1.0, "Temperature of awr: a token weighs exp(advantage / awr_beta).")
+    credit: str = _option(
+        "trajectory",
+        "Which tokens a completion's advantage goes to: all (trajectory), or, where it is worse than its group, those "
+        "of its likely first mistake (mistake); what comes behind is not trained on then. For rewards that one wrong "
+        "step decides.",
+    )
     critic: str = _option(
         "group",
         "Baseline of the advantages: the group's mean reward (group), a linear value of the last hidden state, fitted "
@@ -179,6 +185,7 @@ class GPOConfig(TrainingArguments):
             one_of("search", self.search, ("mixed", "worst", "all"))
         if self.proposal is not None and not callable(self.proposal):
             one_of("proposal", self.proposal, PROPOSALS)
+        one_of("credit", self.credit, ("trajectory", "mistake"))
         one_of("packing", self.packing, ("tree", "padded"))
         for name, low in _LOWEST.items():
             value = getattr(self, name)
@@ -222,6 +229,12 @@ class GPOConfig(TrainingArguments):
             raise ValueError(
                 f"critic={self.critic!r} gives an advantage to each token, and {self.loss_type} has none: set "
                 "critic='group'"
+            )
+        if self.credit == "mistake" and (self.critic != "group" or self.learns_from_pairs or self.loss_type == "rloo"):
+            raise ValueError(
+                "credit='mistake' deals a completion's advantage out to its tokens: it needs critic='group' and a loss "
+                f"other than rloo, {', '.join(PREFERENCE_LOSSES)}; got critic={self.critic!r}, "
+                f"loss_type={self.loss_type!r}"
             )
         if self.critic == "monte_carlo" and not self.use_gpo:
             raise ValueError("critic='monte_carlo' takes its values from the search: set use_gpo=True")

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from gpo_fast.config import GPOConfig
+from gpo_fast.credit import blame_mistakes
 from gpo_fast.critic import monte_carlo_advantages, scale_advantages
 from gpo_fast.critical import CriticalStep, CriticalStepFinder, OutcomeReward
+from gpo_fast.critical.proposals import FirstMistake
 from gpo_fast.critical.step import SCORES, branch_record
 from gpo_fast.data import Example, columns_of, decode_completion, encode_prompt, is_conversation
 from gpo_fast.dynamic_sampling import BaseRollouts, mixed_groups, resample
@@ -28,6 +30,7 @@ from gpo_fast.pairs import preference_rows
 from gpo_fast.ranks import ALONE, Ranks
 from gpo_fast.rewards import RewardFunctions, overlong_punishment
 from gpo_fast.rollout.types import Completion, Request
+from gpo_fast.steps import Step
 
 PhaseCallback = Callable[[str], None]
 
@@ -120,9 +123,12 @@ class GuidedSampler:
                 with timer("reset"):
                     groups += self._reset(searched, examples, seeds, forest, timer)
         rows = self._trained(groups)
+        metrics = self._metrics(base, rows, searched, forest, timer)
+        if config.credit == "mistake":
+            self._blame_mistakes(base, rows, forest)
         return Experience(
             rows,
-            self._metrics(base, rows, searched, forest, timer),
+            metrics,
             [self._describe(s, examples) for s in searched[: config.num_logged_trajectories]],
             forest,
         )
@@ -225,6 +231,16 @@ class GuidedSampler:
             )
             for c, a, r, node in zip(completions, self._advantages(rewards).ravel(), rewards.ravel(), nodes)
         ]
+
+    def _blame_mistakes(self, base: BaseRollouts, rows: Sequence[TrainingRow], forest: TokenForest) -> None:
+        """Credit to first mistakes, by what all the prompts' rollouts say of surprise and failure."""
+        mistakes = FirstMistake()
+        steps = [self._split(c.token_ids) for c in base.completions]
+        mistakes.learn(base.completions, steps, base.rewards.ravel().tolist())
+        blame_mistakes(rows, forest, mistakes, self._split)
+
+    def _split(self, token_ids: Sequence[int]) -> list[Step]:
+        return self.splitter.split(token_ids, self.engine.tokenizer)
 
     def _trained(self, groups: Sequence[Sequence[TrainingRow]]) -> list[TrainingRow]:
         """The rows of the groups as the base algorithm learns from them."""

@@ -19,11 +19,14 @@ PROPOSALS = ("logprob", "mistake", "entropy", "gradient")
 Proposal = Callable[[Sequence[Completion], Sequence[Sequence[Step]]], Sequence[Sequence[float]]]
 
 
+def surprises(logprobs: Sequence[float], steps: Sequence[Step]) -> np.ndarray:
+    """Surprise (nats) of each step's least likely token: free, from the logprobs that the engine recorded."""
+    return np.array([-min(logprobs[step.start : step.end], default=0.0) for step in steps])
+
+
 def logprob_dip(completions: Sequence[Completion], steps: Sequence[Sequence[Step]]) -> list[list[float]]:
-    """Surprise (nats) of a step's least likely token: free, from the logprobs that the engine recorded."""
-    return [
-        [-min(c.logprobs[s.start : s.end], default=0.0) for s in row_steps] for c, row_steps in zip(completions, steps)
-    ]
+    """The steps' `surprises`."""
+    return [surprises(c.logprobs, row_steps).tolist() for c, row_steps in zip(completions, steps)]
 
 
 class FirstMistake:
@@ -53,14 +56,15 @@ class FirstMistake:
         likelihood = (outcome * np.log(success) + (1 - outcome) * np.log1p(-success)).sum(axis=1)
         self.kappa = float(kappas[np.argmax(likelihood - (np.log(kappas) / 1.5) ** 2 / 2)])
 
-    def __call__(self, completions: Sequence[Completion], steps: Sequence[Sequence[Step]]) -> list[list[float]]:
-        return [self._one(np.array(row)) for row in logprob_dip(completions, steps)]
-
-    def _one(self, surprise: np.ndarray) -> list[float]:
+    def probabilities(self, surprise: np.ndarray) -> np.ndarray:
+        """Of each step's being the first mistake, given the steps' `surprises`."""
         hazard = self.kappa * surprise
         before = np.cumsum(hazard) - hazard
-        mistake: list[float] = (np.exp(-before) * -np.expm1(-hazard)).tolist()
+        mistake: np.ndarray = np.exp(-before) * -np.expm1(-hazard)
         return mistake
+
+    def __call__(self, completions: Sequence[Completion], steps: Sequence[Sequence[Step]]) -> list[list[float]]:
+        return [self.probabilities(surprises(c.logprobs, s)).tolist() for c, s in zip(completions, steps)]
 
 
 class TokenEntropy:

@@ -51,6 +51,7 @@ class Scheme:
     every_group: bool = False  # also where all completions fail
     resets: int = 8
     samples: int = 4
+    credit: bool = False  # a failing chain's blame goes to the step that a proposal names, and the chain ends there
 
 
 SCHEMES = {
@@ -61,12 +62,13 @@ SCHEMES = {
     "bisect": Scheme(step="bisect"),
     "random": Scheme(step="random"),
     "proposal": Scheme(step="proposal"),
-    "proposal, every group": Scheme(step="proposal", every_group=True),
-    "random, every group of 4": Scheme(4, "random", every_group=True),
     "proposal, every group of 4": Scheme(4, "proposal", every_group=True),
+    "credit, 8": Scheme(credit=True),
+    "credit, 4": Scheme(4, credit=True),
+    "proposal with credit": Scheme(step="proposal", every_group=True, resets=4, credit=True),
 }
 REFERENCE = "GRPO, 8"
-SHOWN = ("GRPO, 4", "racing", "random", "proposal, every group of 4")  # in the README, of chains of SHOWN_STEPS
+SHOWN = ("GRPO, 4", "racing", "random", "credit, 8", "proposal with credit")  # in the README, of chains of SHOWN_STEPS
 SHOWN_STEPS = 12
 
 
@@ -142,8 +144,7 @@ class Prompt:
         if step == "random":
             return int(self.rng.integers(steps))
         if step == "proposal":
-            right = min(mistake, steps - 1)
-            return right if self.rng.random() < self.hit else int(self.rng.integers(steps))
+            return self._named(mistake, steps)
         prices = [STEP_TOKENS * (steps - state) for state in range(steps)]
         samples = [rewards.tolist(), *([] for _ in prices[1:])]
         problem = SearchProblem(reward, samples, prices, "min", steps, self.scheme.samples, True, self.rng)
@@ -154,6 +155,10 @@ class Prompt:
                 self.samples.setdefault(state, []).append(drawn)
                 problem.samples[state] += (drawn.all(axis=1) & (state <= mistake)).astype(float).tolist()
         return search.choose().step
+
+    def _named(self, mistake: int, steps: int) -> int:
+        """The step that a proposal takes for the first mistake."""
+        return min(mistake, steps - 1) if self.rng.random() < self.hit else int(self.rng.integers(steps))
 
     def _sample(self, state: int, n: int) -> np.ndarray:
         """Whether each step of continuations from a state is right, bool [n, steps - state]."""
@@ -167,8 +172,13 @@ class Prompt:
         if rewards.std() == 0:
             return False
         advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
-        np.add.at(self.gradient, self.facts[state:], advantages @ (right - self.rates[state:]))
-        self.tokens += self.price * right.size * STEP_TOKENS
+        scores, trained = right - self.rates[state:], right.size
+        for chain in np.flatnonzero(rewards == 0) if self.scheme.credit else ():
+            named = self._named(int(right[chain].argmin()), right.shape[1])
+            scores[chain, :named] = scores[chain, named + 1 :] = 0.0
+            trained -= right.shape[1] - named - 1
+        np.add.at(self.gradient, self.facts[state:], advantages @ scores)
+        self.tokens += self.price * trained * STEP_TOKENS
         return True
 
 

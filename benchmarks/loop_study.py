@@ -104,7 +104,10 @@ def studies(records: Iterable[Record]) -> list[Study]:
 
 
 def plot(all_studies: Sequence[Study], path: Path) -> None:
-    """A row for each study, a column for each axis; the band is the 95 % interval of the mean over seeds."""
+    """A row for each study, a column for each axis; the band is the 95 % interval of the mean over seeds.
+
+    Algorithms with settings of their own are in the tables only.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -115,7 +118,7 @@ def plot(all_studies: Sequence[Study], path: Path) -> None:
     figure, cells = pyplot.subplots(len(all_studies), len(AXES), figsize=size, squeeze=False, sharey="row")
     for row, study in zip(cells, all_studies):
         for cell, (axis, label) in zip(row, AXES.items()):
-            for algorithm in study.by_algorithm:
+            for algorithm in (name for name in study.by_algorithm if ":" not in name):
                 grid, curve = study.mean_curve(algorithm, axis)
                 (line,) = cell.plot(grid, curve, label=algorithm)
                 intervals = [mean_interval(study.accuracy(algorithm, axis, at)) for at in grid]

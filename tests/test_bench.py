@@ -133,10 +133,12 @@ def test_the_plane_counts_what_a_search_samples() -> None:
     """All fail from a lost state, so that a reset after the mistake costs tokens and teaches nothing."""
     world = World(4, 0.2, EVEN)
     cost = {}
-    for name in ("GRPO, 8", "uniform", "racing", "bisect", "random", "proposal", "proposal, every group"):
+    names = ("GRPO, 8", "uniform", "racing", "bisect", "random", "proposal", "proposal with credit", "credit, 8")
+    for name in names:
         rng = np.random.default_rng(1)
         cost[name] = np.mean([Prompt(world, SCHEMES[name], rng, 1.0, 0.9).tokens for _ in range(300)])
-    assert cost["GRPO, 8"] < min(cost["random"], cost["proposal"]) < cost["proposal, every group"]
+    assert cost["credit, 8"] < cost["GRPO, 8"] < min(cost["random"], cost["proposal"])
+    assert cost["credit, 8"] < cost["proposal with credit"]
     assert max(cost["random"], cost["proposal"]) < cost["bisect"] < cost["uniform"]
     assert cost["racing"] < cost["uniform"]
     assert progress(world, SCHEMES["GRPO, 8"], 500, 1.0, 0.9, seed=0) > progress(

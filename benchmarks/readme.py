@@ -18,6 +18,7 @@ BEGIN, END = "<!-- `gpo-fast bench readme` writes what follows -->", "<!-- and e
 BENCHMARKS = {
     "loop_price": "loop_price",
     "loop_study": "loop_study",
+    "loop_gradient": "loop_gradient",
     "loop_plane": "loop_plane",
     "rollout": "rollout",
     "critical_speed": "critical",

@@ -116,19 +116,10 @@ class Curve(TrainerCallback):
 
 def run(trial: Trial, folder: Path) -> dict[str, Any]:
     """Trains as the trial says; gives its record. Warm starts are kept in `folder`."""
-    model = AutoModelForCausalLM.from_pretrained(warm_start(trial, folder), dtype=torch.float32, local_files_only=True)
     curve = Curve(trial, trial.task.rows(trial.problems, HELD_OUT_SEED))
     with TemporaryDirectory() as output:
-        config = settings(trial, Path(output))
-        trainer = GPOTrainer(
-            model,
-            solved,
-            args=config,
-            train_dataset=trial.task.rows(4096, TRAIN_SEED + trial.seed),
-            processing_class=character_tokenizer(),
-            callbacks=[curve],
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = build(trial, folder, Path(output), solved, TRAIN_SEED + trial.seed)
+        trainer.add_callback(curve)
         curve.trainer = trainer
         trainer.train()
         history = read_records(Path(output) / "metrics.jsonl")
@@ -142,6 +133,19 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
         "means": _means(history),
         "machine": machine(),
     }
+
+
+def build(trial: Trial, folder: Path, output: Path, reward: Any, data_seed: int) -> GPOTrainer:
+    """A trainer at the trial's warm start."""
+    trainer = GPOTrainer(
+        AutoModelForCausalLM.from_pretrained(warm_start(trial, folder), dtype=torch.float32, local_files_only=True),
+        reward,
+        args=settings(trial, output),
+        train_dataset=trial.task.rows(4096, data_seed),
+        processing_class=character_tokenizer(),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def settings(trial: Trial, output: Path) -> GPOConfig:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,11 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from gpo_fast.bench.common import ReadmeRow, Table, machine
-from gpo_fast.bench.loop_gain import TRAIN_SEED, Trial, settings, warm_start
-from gpo_fast.bench.loop_tasks import Task, character_tokenizer, solved
-from transformers import AutoModelForCausalLM, PrinterCallback
+from gpo_fast.bench.loop_gain import TRAIN_SEED, Trial, build
+from gpo_fast.bench.loop_tasks import Task, solved
 
-from gpo_fast import GPOTrainer
 from gpo_fast.run_files import read_records
 
 REFERENCE = "grpo"
@@ -38,16 +36,10 @@ _SEEDS = {"true": 3, "scale": 5, "own": 7}  # of rollouts: none are used twice
 
 def gradients(trial: Trial, folder: Path, batches: int, seed: int) -> tuple[np.ndarray, np.ndarray, list[Any]]:
     """Gradients [batches, parameters], CPU seconds [batches] and metrics of batches, after one that is not counted."""
-    path = warm_start(trial, folder)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    rows = trial.task.rows(4096, TRAIN_SEED)
     found, seconds = [], []
     with TemporaryDirectory() as output:
-        config = settings(trial, Path(output))
-        config.seed = seed
-        trainer = GPOTrainer(model, solved, args=config, train_dataset=rows, processing_class=character_tokenizer())
-        trainer.remove_callback(PrinterCallback)
-        width = config.per_device_train_batch_size
+        trainer = build(replace(trial, seed=seed), folder, Path(output), solved, TRAIN_SEED)
+        model, rows, width = trainer.model, trainer.train_dataset, trainer.args.per_device_train_batch_size
         for batch in range(batches + 1):
             model.zero_grad(set_to_none=False)
             trainer.state.global_step = batch  # draws the batch's own samples
@@ -63,8 +55,8 @@ def true_gradient(trial: Trial, folder: Path, batches: int) -> tuple[np.ndarray,
     """The gradient of the solve rate, and what Adam would divide each component by; measured once for a warm start."""
     target = folder / f"gradient-{trial.task.name}-{trial.task.steps}-{trial.start:g}-{batches}.npz"
     if not target.is_file():
-        true, _, _ = gradients(_with(trial, TRUE), folder, batches, _SEEDS["true"])
-        usual, _, _ = gradients(_with(trial, REFERENCE), folder, batches, _SEEDS["scale"])
+        true, _, _ = gradients(replace(trial, algorithm=TRUE), folder, batches, _SEEDS["true"])
+        usual, _, _ = gradients(replace(trial, algorithm=REFERENCE), folder, batches, _SEEDS["scale"])
         np.savez(target, gradient=true.mean(axis=0), scale=np.sqrt(np.square(usual).mean(axis=0)))
     stored = np.load(target, allow_pickle=False)
     return stored["gradient"], stored["scale"]
@@ -106,10 +98,6 @@ def worth(own: np.ndarray, seconds: np.ndarray, true: np.ndarray, scale: np.ndar
 def _quality(along: np.ndarray, spread: np.ndarray) -> float:
     useful = along.mean() ** 2 - along.var(ddof=1) / len(along)
     return max(0.0, float(useful)) / float(spread.mean())
-
-
-def _with(trial: Trial, algorithm: str) -> Trial:
-    return Trial(trial.task, algorithm, trial.seed, trial.start, trial.seconds)
 
 
 # -- the report ---------------------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ PREFERENCE_BETA = {"dpo": 0.1, "kto": 0.1, "simpo": 2.0, "orpo": 0.1}
 UNSCALED = ("dr_grpo", "rloo")  # whose papers do not divide advantages by a standard deviation
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """A field of a configuration, with its help."""
     return field(default=default, metadata={"help": text})
 
 
@@ -64,108 +65,108 @@ class GPOConfig(TrainingArguments):
     bounded by `max_tokens_per_microbatch`, so gradient accumulation is not needed for it.
     """
 
-    learning_rate: float = _option(1e-6, "Peak learning rate (with LoRA, 1e-5 to 3e-4 is usual).")
-    logging_steps: float = _option(1, "Log every so many steps.")
-    use_gpo: bool = _option(True, "Search critical steps and learn from resets; False trains the base algorithm.")
-    loss_type: str = _option(
+    learning_rate: float = option(1e-6, "Peak learning rate (with LoRA, 1e-5 to 3e-4 is usual).")
+    logging_steps: float = option(1, "Log every so many steps.")
+    use_gpo: bool = option(True, "Search critical steps and learn from resets; False trains the base algorithm.")
+    loss_type: str = option(
         "grpo",
         f"Base algorithm's loss: one of {', '.join(LOSS_TYPES)}. With {', '.join(PREFERENCE_LOSSES)} each iteration "
         "pairs completions of one state, the prompt or a critical one, and trains on the pairs.",
     )
-    num_generations: int = _option(8, "Completions sampled for each prompt.")
-    max_completion_length: int = _option(256, "Longest completion in tokens.")
-    temperature: float = _option(1.0, "Sampling temperature.")
-    top_k: int = _option(0, "Sample among the k likeliest tokens; 0 is off.")
-    top_p: float = _option(1.0, "Nucleus sampling; 1 is off.")
-    min_p: float = _option(0.0, "Drop tokens less likely than this share of the likeliest; 0 is off.")
-    stop: list[str] | None = _option(None, "Strings that end a completion.")
-    num_samples: int = _option(4, "Monte Carlo continuations per step in the search for the critical step.")
-    criterion: str = _option("max", "Critical step: largest gain (max), fall (min) or change (abs).")
-    estimator: str = _option(
+    num_generations: int = option(8, "Completions sampled for each prompt.")
+    max_completion_length: int = option(256, "Longest completion in tokens.")
+    temperature: float = option(1.0, "Sampling temperature.")
+    top_k: int = option(0, "Sample among the k likeliest tokens; 0 is off.")
+    top_p: float = option(1.0, "Nucleus sampling; 1 is off.")
+    min_p: float = option(0.0, "Drop tokens less likely than this share of the likeliest; 0 is off.")
+    stop: list[str] | None = option(None, "Strings that end a completion.")
+    num_samples: int = option(4, "Monte Carlo continuations per step in the search for the critical step.")
+    criterion: str = option("max", "Critical step: largest gain (max), fall (min) or change (abs).")
+    estimator: str = option(
         "racing",
         "Search by racing, uniform (the paper's), posterior or bisect (a heuristic). No search: the step that the "
         "proposal scores highest (proposal), or any (random).",
     )
-    delta: float = _option(0.1, "Racing stops when another step is better with at most this probability, or before.")
-    proposal: Any = _option(
+    delta: float = option(0.1, "Racing stops when another step is better with at most this probability, or before.")
+    proposal: Any = option(
         None,
         f"Order of the search by {', '.join(PROPOSALS)} or a function; off if not set. The estimator proposal takes "
         "mistake if not set.",
     )
-    reset: str = _option("before", "Reset to the state before or after the critical step.")
-    num_resets: int = _option(4, "Rollouts from each critical step to train on.")
-    search: Any = _option(
+    reset: str = option("before", "Reset to the state before or after the critical step.")
+    num_resets: int = option(4, "Rollouts from each critical step to train on.")
+    search: Any = option(
         "mixed",
         "Searched: the worst trajectory of each group with mixed outcomes (mixed) or of every group (worst), all "
         "trajectories (all), or a module's function.",
     )
-    max_searches: int | None = _option(None, "At most so many trajectories are searched per iteration.")
-    search_budget: float | None = _option(None, "Most tokens of all searches, as a share of the base rollouts'.")
-    reuse: str = _option(
+    max_searches: int | None = option(None, "At most so many trajectories are searched per iteration.")
+    search_budget: float | None = option(None, "Most tokens of all searches, as a share of the base rollouts'.")
+    reuse: str = option(
         "none",
         "The search's samples that are the first of a step's resets: none, split or all. Unless none, a critical step "
         "at the prompt gets no resets: the group's own rollouts start there, and are trained on.",
     )
-    step_splitter: Any = _option("newline", f"What a step is: {', '.join(METHODS)}, or a function.")
-    step_pattern: str | None = _option(None, "Regular expression of the end of a step, for the splitter regex.")
-    min_step_tokens: int = _option(4, "A shorter step is merged with its neighbour.")
-    max_steps_per_trajectory: int = _option(64, "A trajectory with more steps is thinned evenly.")
-    min_steps_per_trajectory: int = _option(1, "A trajectory with fewer steps has its longest ones halved.")
-    beta: float = _option(
+    step_splitter: Any = option("newline", f"What a step is: {', '.join(METHODS)}, or a function.")
+    step_pattern: str | None = option(None, "Regular expression of the end of a step, for the splitter regex.")
+    min_step_tokens: int = option(4, "A shorter step is merged with its neighbour.")
+    max_steps_per_trajectory: int = option(64, "A trajectory with more steps is thinned evenly.")
+    min_steps_per_trajectory: int = option(1, "A trajectory with fewer steps has its longest ones halved.")
+    beta: float = option(
         None,
         "Weight of the KL penalty against the reference model, 0 if not set; of a preference loss its strength, "
         "if not set "
         + ", ".join(f"{value} for {name}" for name, value in PREFERENCE_BETA.items())
         + ". Log-probabilities are those at the sampling temperature.",
     )
-    simpo_gamma: float = _option(0.5, "Margin of simpo, the paper's gamma.")
-    max_pairs: int = _option(4, "Preference pairs from one state at most: best with worst, second best and so on.")
-    epsilon: float = _option(0.2, "Clip range of the probability ratio.")
-    epsilon_high: float | None = _option(None, "Upper clip range; epsilon if not set.")
-    scale_rewards: bool = _option(
+    simpo_gamma: float = option(0.5, "Margin of simpo, the paper's gamma.")
+    max_pairs: int = option(4, "Preference pairs from one state at most: best with worst, second best and so on.")
+    epsilon: float = option(0.2, "Clip range of the probability ratio.")
+    epsilon_high: float | None = option(None, "Upper clip range; epsilon if not set.")
+    scale_rewards: bool = option(
         None,
         "Divide a group's advantages by its standard deviation, and those of a critic by their root mean square "
         "over all tokens (the value head's are centred first); if not set, all losses but "
         f"{' and '.join(UNSCALED)} do. rloo's baseline leaves the completion itself out.",
     )
-    awr_beta: float = _option(1.0, "Temperature of awr: a token weighs exp(advantage / awr_beta).")
-    credit: str = _option(
+    awr_beta: float = option(1.0, "Temperature of awr: a token weighs exp(advantage / awr_beta).")
+    credit: str = option(
         "trajectory",
         "Which tokens a completion's advantage goes to: all (trajectory), or, where it is worse than its group, those "
         "of its likely first mistake (mistake); what comes behind is not trained on then. For rewards that one wrong "
         "step decides.",
     )
-    critic: str = _option(
+    critic: str = option(
         "group",
         "Baseline of the advantages: the group's mean reward (group), a linear value of the last hidden state, fitted "
         "in closed form, with an advantage for each token (value_head), or the values that the search measured, with "
         "an advantage for each step of the searched trajectories (monte_carlo).",
     )
-    gamma: float = _option(1.0, "Discount of a critic, for each token (value_head) or step (monte_carlo).")
-    gae_lambda: float = _option(
+    gamma: float = option(1.0, "Discount of a critic, for each token (value_head) or step (monte_carlo).")
+    gae_lambda: float = option(
         1.0,
         "Lambda of generalised advantage estimation; below 1 the outcome of a long completion fades from its start.",
     )
-    dynamic_sampling_rounds: int = _option(
+    dynamic_sampling_rounds: int = option(
         0, "DAPO's dynamic sampling: replace groups whose rewards are all the same by other prompts, in so many rounds."
     )
-    soft_punish_cache: int = _option(
+    soft_punish_cache: int = option(
         0, "DAPO's over-long punishment: in so many last tokens before the limit a reward falls by up to 1; 0 is off."
     )
-    mask_truncated_completions: bool = _option(False, "Do not train on completions that reached the limit.")
-    replay_size: int = _option(0, "Train again on the newest so many rollouts from critical steps; 0 is off.")
-    replay_ratio: float = _option(
+    mask_truncated_completions: bool = option(False, "Do not train on completions that reached the limit.")
+    replay_size: int = option(0, "Train again on the newest so many rollouts from critical steps; 0 is off.")
+    replay_ratio: float = option(
         1.0, "Replayed rollouts for each new one from a critical step, drawn in proportion to the step's advantage."
     )
-    steps_per_generation: int = _option(1, "Optimiser steps that share one iteration's rollouts.")
-    reward_weights: list[float] | None = _option(None, "Weight of each reward function; 1 each if not set.")
-    reward_timeout: float | None = _option(None, "Seconds that a reward function may take for a batch; no limit.")
-    packing: str = _option("tree", "Train shared tokens once (tree), or each sequence by itself (padded).")
-    self_check_steps: int = _option(0, "Compare tree-packed loss and gradient with the padded ones in so many steps.")
-    max_tokens_per_microbatch: int = _option(4096, "Tokens in one forward and backward pass, padding included.")
-    max_batch_size: int = _option(64, "Sequences that the rollout engine decodes together.")
-    kv_cache_memory: int | None = _option(None, "Bytes for the rollout engine's KV cache; chosen if not set.")
-    num_logged_trajectories: int = _option(4, "Searched trajectories kept per iteration for the report.")
+    steps_per_generation: int = option(1, "Optimiser steps that share one iteration's rollouts.")
+    reward_weights: list[float] | None = option(None, "Weight of each reward function; 1 each if not set.")
+    reward_timeout: float | None = option(None, "Seconds that a reward function may take for a batch; no limit.")
+    packing: str = option("tree", "Train shared tokens once (tree), or each sequence by itself (padded).")
+    self_check_steps: int = option(0, "Compare tree-packed loss and gradient with the padded ones in so many steps.")
+    max_tokens_per_microbatch: int = option(4096, "Tokens in one forward and backward pass, padding included.")
+    max_batch_size: int = option(64, "Sequences that the rollout engine decodes together.")
+    kv_cache_memory: int | None = option(None, "Bytes for the rollout engine's KV cache; chosen if not set.")
+    num_logged_trajectories: int = option(4, "Searched trajectories kept per iteration for the report.")
 
     def __post_init__(self) -> None:
         _check_types(self)

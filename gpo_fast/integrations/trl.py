@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 import gpo_fast.config
-from gpo_fast.config import one_of, splitter_of
+from gpo_fast.config import one_of, option, splitter_of
 from gpo_fast.critical import CriticalStep, CriticalStepFinder
 from gpo_fast.critical.finder import OutcomeReward, check_options
 from gpo_fast.data import is_conversation
@@ -39,14 +39,10 @@ from gpo_fast.tree_attention import tree_attention_of
 logger = logging.getLogger(__name__)
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 def _ours(name: str) -> Any:
     """The option of gpo_fast.GPOConfig: its default and its help."""
     own = gpo_fast.config.GPOConfig.__dataclass_fields__[name]
-    return _option(own.default, own.metadata["help"])
+    return option(own.default, own.metadata["help"])
 
 
 @dataclass
@@ -57,22 +53,22 @@ class GPOConfig(GRPOConfig):
     else: it is `racing_delta`.
     """
 
-    use_gpo: bool = _option(True, "Search critical steps and learn from resets; False trains plain GRPO.")
-    reset_share: float = _option(0.5, "Share of a searched group's rows that are rollouts from the critical step.")
+    use_gpo: bool = option(True, "Search critical steps and learn from resets; False trains plain GRPO.")
+    reset_share: float = option(0.5, "Share of a searched group's rows that are rollouts from the critical step.")
     num_samples: int = _ours("num_samples")
     criterion: str = _ours("criterion")
     estimator: str = _ours("estimator")
     racing_delta: float = _ours("delta")
     proposal: Any = _ours("proposal")
     reset: str = _ours("reset")
-    search: Any = _option(
+    search: Any = option(
         "mixed",
         "Searched: the worst trajectory of each group with mixed outcomes (mixed) or of every group (worst), or a "
         "function that takes the rewards (groups, n) and gives places, at most one in each group.",
     )
-    max_searches: int | None = _option(None, "At most so many trajectories are searched per batch and process.")
+    max_searches: int | None = option(None, "At most so many trajectories are searched per batch and process.")
     search_budget: float | None = _ours("search_budget")
-    reuse: str = _option(
+    reuse: str = option(
         "none", "Rows that the search's samples of the critical step take in place of new rollouts: none, split or all."
     )
     step_splitter: Any = _ours("step_splitter")
@@ -80,9 +76,9 @@ class GPOConfig(GRPOConfig):
     min_step_tokens: int = _ours("min_step_tokens")
     max_steps_per_trajectory: int = _ours("max_steps_per_trajectory")
     min_steps_per_trajectory: int = _ours("min_steps_per_trajectory")
-    packing: str = _option("padded", "Train each row by itself (padded), or tokens that rows share once (tree).")
-    use_rollout_engine: bool = _option(True, "Sample with gpo-fast's engine; must stay True with use_gpo.")
-    use_fused_head: bool = _option(True, "Compute log-probabilities with gpo-fast's kernels.")
+    packing: str = option("padded", "Train each row by itself (padded), or tokens that rows share once (tree).")
+    use_rollout_engine: bool = option(True, "Sample with gpo-fast's engine; must stay True with use_gpo.")
+    use_fused_head: bool = option(True, "Compute log-probabilities with gpo-fast's kernels.")
     max_batch_size: int = _ours("max_batch_size")
     kv_cache_memory: int | None = _ours("kv_cache_memory")
 

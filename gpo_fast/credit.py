@@ -22,15 +22,31 @@ from gpo_fast.steps import Step
 SURE = 0.9
 
 
+def blame(advantage: float, logprobs: Sequence[float], steps: Sequence[Step], mistakes: FirstMistake) -> list[float]:
+    """Advantages of a failing trajectory's tokens, up to where it ends for the trainer.
+
+    Those of the steps that are kept sum to `advantage`, and each token of a step gets the step's. Empty where nothing
+    tells the steps apart: no token could have been another.
+
+    Args:
+        logprobs: of the trajectory's tokens, at temperature 1.
+    """
+    share = mistakes.probabilities(surprises(logprobs, steps))
+    if not share.sum() > 0:
+        return []
+    kept = int(np.searchsorted(np.cumsum(share), SURE * share.sum())) + 1
+    lengths = [step.end - step.start for step in steps[:kept]]
+    blamed: list[float] = np.repeat(advantage * share[:kept] / share[:kept].sum(), lengths).tolist()
+    return blamed
+
+
 def blame_mistakes(
     rows: Sequence[TrainingRow],
     forest: TokenForest,
     mistakes: FirstMistake,
     split: Callable[[Sequence[int]], Sequence[Step]],
 ) -> None:
-    """Shortens the rows that have a negative advantage, and gives each token of theirs its step's share of it.
-
-    The shares of the steps that are kept sum to 1, and each token of a step gets the step's.
+    """Shortens the rows that have a negative advantage, and gives each of their tokens its own (`blame`).
 
     Args:
         forest: the rows' nodes, with the log-probabilities of their tokens. A shortened row gets a node of its own.
@@ -39,13 +55,10 @@ def blame_mistakes(
     for row in rows:
         if row.advantage >= 0 or row.node is None or not row.token_ids:
             continue
-        node, steps = forest.nodes[row.node], split(row.token_ids)
-        share = mistakes.probabilities(surprises(node.logprobs, steps))
-        if not share.sum() > 0:  # no token could have been another: nothing tells the steps apart
-            continue
-        kept = int(np.searchsorted(np.cumsum(share), SURE * share.sum())) + 1
-        lengths = [step.end - step.start for step in steps[:kept]]
-        row.token_advantages = np.repeat(row.advantage * share[:kept] / share[:kept].sum(), lengths).tolist()
-        row.token_ids = row.token_ids[: sum(lengths)]
-        row.sampling_logprobs = row.sampling_logprobs[: sum(lengths)]
-        row.node = forest.branch(node.parent, node.start, row.token_ids)
+        node = forest.nodes[row.node]
+        blamed = blame(row.advantage, node.logprobs, split(row.token_ids), mistakes)
+        if blamed:
+            row.token_advantages = blamed
+            row.token_ids = row.token_ids[: len(blamed)]
+            row.sampling_logprobs = row.sampling_logprobs[: len(blamed)]
+            row.node = forest.branch(node.parent, node.start, row.token_ids)

@@ -19,6 +19,10 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 trl = pytest.importorskip("trl")
 
+from gpo_fast import TokenForest  # noqa: E402
+from gpo_fast.credit import blame_mistakes  # noqa: E402
+from gpo_fast.critical.proposals import FirstMistake  # noqa: E402
+from gpo_fast.experience import TrainingRow  # noqa: E402
 from gpo_fast.integrations.trl import GPOConfig, GPOTrainer  # noqa: E402
 from gpo_fast.integrations.trl_rewards import LocalRewards  # noqa: E402
 
@@ -146,6 +150,45 @@ def test_base_rows_are_compared_with_all_completions_of_their_prompt(tmp_path: P
         assert torch.allclose(output["advantages"][group.first : group.first + 2], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("use_gpo", [True, False])
+def test_a_mistake_is_blamed_as_our_own_trainer_blames_it(tmp_path: Path, use_gpo: bool) -> None:
+    found = {}
+    for credit in ("trajectory", "mistake"):
+        run = gpo(tmp_path, credit=credit, use_gpo=use_gpo, min_step_tokens=2, max_steps=1)
+        run.model.train()
+        found[credit] = run._generate_and_score_completions([ROWS[3]] * 4 + [ROWS[7]] * 4)
+    plain, blamed = found["trajectory"], found["mistake"]
+    assert torch.equal(plain["completion_ids"], blamed["completion_ids"])
+    assert blamed["advantages"].shape == blamed["completion_ids"].shape
+    before = plain["completion_mask"] * plain.get("tool_mask", torch.ones_like(plain["completion_mask"]))
+    after = blamed["completion_mask"] * blamed["tool_mask"]
+    kept, splitter, mistakes = run._kept(run._nodes), run.args.splitter(), FirstMistake()
+    base = [i for i, cut in enumerate(kept) if cut == 0]
+    rewards = digits([run.processing_class.decode(r.token_ids, skip_special_tokens=True) for r in run._rows], [0] * 8)
+    steps = [splitter.split(run._rows[i].token_ids, run.processing_class) for i in base]
+    mistakes.learn([run._rows[i] for i in base], steps, [rewards[i] for i in base])
+    shortened = 0
+    for row, cut, advantage, own, trained, all_of_it in zip(
+        run._rows, kept, plain["advantages"].tolist(), blamed["advantages"], after, before
+    ):
+        if advantage >= 0:
+            assert torch.equal(trained, all_of_it)
+            assert own.tolist() == pytest.approx([advantage] * len(own))
+            continue
+        forest = TokenForest()
+        root, start = forest.add_prompt(row.prompt_token_ids), len(row.prompt_token_ids)
+        node = forest.branch(root, start, row.token_ids[cut:], logprobs=row.logprobs[cut:])
+        expected = TrainingRow(row.prompt_token_ids, row.token_ids[cut:], row.logprobs[cut:], advantage, "base", node)
+        blame_mistakes([expected], forest, mistakes, lambda ids: splitter.split(ids, run.processing_class))
+        assert trained.nonzero().flatten().tolist() == list(range(cut, cut + len(expected.token_ids)))
+        assert own[trained.bool()].tolist() == pytest.approx(expected.advantage_of_tokens, rel=1e-5)
+        shortened += int(trained.sum() < all_of_it.sum())
+    assert shortened > 0
+    assert (sum(kept) > 0) == use_gpo
+    run.train()
+    assert run.state.log_history[0]["grad_norm"] > 0
+
+
 class Gradients(TrainerCallback):
     """Keeps the first step's gradients."""
 
@@ -215,6 +258,7 @@ def test_without_gpo_loss_and_gradients_are_trls(tmp_path: Path, saved: str, cha
         {"loss_type": "dr_grpo", "entropy_coef": 0.3, "temperature": 0.7},
         {"loss_type": "cispo", "num_iterations": 2, "max_steps": 2},
         {"loss_type": "grpo", "use_gpo": False},
+        {"loss_type": "dapo", "credit": "mistake"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -374,6 +418,12 @@ def test_adapters_conversations_async_rewards_and_checkpoints(tmp_path: Path) ->
         ({"estimator": "bisect"}, "needs criterion='min'"),
         ({"estimator": "races"}, "estimator must be one of"),
         ({"search": "all"}, "search must be one of mixed, worst, got 'all'"),
+        ({"credit": "all"}, "credit must be one of trajectory, mistake, got 'all'"),
+        ({"credit": "mistake", "use_gpo": False, "use_rollout_engine": False}, "credit='mistake' needs use_rollout"),
+        (
+            {"credit": "mistake", "use_gpo": False, "repetition_penalty": 1.1},
+            "cannot be blamed with repetition",
+        ),
         ({"packing": "tree", "use_fused_head": False}, "packing='tree' needs use_rollout_engine=True"),
         ({"packing": "tree", "use_gpo": False, "repetition_penalty": 1.1}, "packing='tree' needs the rollout engine"),
         ({"packing": "tree", "cast_lm_head_to_fp32": True}, "packing='tree' needs the fused head"),

@@ -22,8 +22,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 import gpo_fast.config
 from gpo_fast.config import one_of, option, splitter_of
+from gpo_fast.credit import blame
 from gpo_fast.critical import CriticalStep, CriticalStepFinder
 from gpo_fast.critical.finder import OutcomeReward, check_options
+from gpo_fast.critical.proposals import FirstMistake
 from gpo_fast.data import is_conversation
 from gpo_fast.forest import TokenForest
 from gpo_fast.integrations.trl_head import install_fused_head
@@ -71,6 +73,7 @@ class GPOConfig(GRPOConfig):
     reuse: str = option(
         "none", "Rows that the search's samples of the critical step take in place of new rollouts: none, split or all."
     )
+    credit: str = _ours("credit")
     step_splitter: Any = _ours("step_splitter")
     step_pattern: str | None = _ours("step_pattern")
     min_step_tokens: int = _ours("min_step_tokens")
@@ -89,14 +92,20 @@ class GPOConfig(GRPOConfig):
             raise ValueError(
                 "packing='tree' needs use_rollout_engine=True, which knows the rows' trees, and use_fused_head=True"
             )
+        one_of("credit", self.credit, ("trajectory", "mistake"))
+        if self.credit == "mistake" and (self.use_liger_kernel or not self.use_rollout_engine):
+            raise ValueError(
+                "credit='mistake' needs use_rollout_engine=True, which records what it samples, and "
+                f"use_liger_kernel=False, got {self.use_rollout_engine} and {self.use_liger_kernel}"
+            )
+        if not callable(self.step_splitter):
+            one_of("step_splitter", self.step_splitter, METHODS)
+        self.splitter()  # checks the rest
         if not self.use_gpo:
             return
         check_options(self.num_samples, self.criterion, self.estimator, self.reset, self.reuse, self.racing_delta)
         if not callable(self.search):
             one_of("search", self.search, ("mixed", "worst"))
-        if not callable(self.step_splitter):
-            one_of("step_splitter", self.step_splitter, METHODS)
-        self.splitter()  # checks the rest
         if self.num_resets < 2:
             raise ValueError(
                 f"reset_share={self.reset_share} of num_generations={self.num_generations} rows is {self.num_resets}, "
@@ -175,11 +184,14 @@ class GPOTrainer(GRPOTrainer):
         reason = _why_no_engine(self, own_rollouts)
         if args.use_gpo and reason is not None:
             raise ValueError(f"critical steps cannot be searched {reason}: change that, or set use_gpo=False")
+        if args.credit == "mistake" and reason is not None:
+            raise ValueError(f"a mistake cannot be blamed {reason}: change that, or set credit='trajectory'")
         if args.packing == "tree":
             self._check_packing(no_head, reason)
         self._engine: Any = None
         self._forest = TokenForest()  # of the rows sampled last
         self._nodes: list[int] = []  # of each of these rows
+        self._rows: list[Completion] = []  # these rows
         self._packed_nodes: list[int] | None = None  # of the rows whose log-probabilities TRL computes; None: padded
         self._attention = ExitStack()
         self._groups: list[_Group] = []
@@ -207,6 +219,8 @@ class GPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self.model.training and self.args.use_gpo:
             self._set_advantages(output)
+        if self.model.training and self.args.credit == "mistake":
+            self._blame_mistakes(output)
         if self._packed_nodes is not None:
             output["gpo_nodes"] = torch.tensor(self._packed_nodes)  # shuffled and split with the rows
             self._packed_nodes = None
@@ -277,6 +291,7 @@ class GPOTrainer(GRPOTrainer):
         self._plant(rows)
         if searched:
             self._add_resets(rows, seeds)
+        self._rows = rows
         if self.model.training and self.args.packing == "tree":
             self._packed_nodes = self._nodes
         output: dict[str, Any] = {
@@ -387,11 +402,8 @@ class GPOTrainer(GRPOTrainer):
 
     def _set_advantages(self, output: dict[str, Any]) -> None:
         """Advantages of searched groups: base rows against all completions of the prompt, resets among themselves."""
-        scores = self._rewards_per_function
-        everyone = (scores * self.reward_weights.to(scores.device)).nansum(dim=1)
-        everyone[scores.isnan().all(dim=1)] = torch.nan  # no function applies: no advantage, as in TRL
         advantages = output["advantages"]
-        local = everyone[self.accelerator.process_index * len(advantages) :][: len(advantages)]
+        everyone, local = self._weighted_rewards(len(advantages))
         for group in self._groups:
             cut = group.first + self.num_generations - group.resets
             base = torch.tensor(group.base_rewards, dtype=local.dtype, device=local.device)
@@ -406,6 +418,32 @@ class GPOTrainer(GRPOTrainer):
         for _ in logged:
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(logged)
+
+    def _weighted_rewards(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards of all processes' rows, and of this one's; NaN where no function applies, as in TRL."""
+        scores = self._rewards_per_function
+        everyone = (scores * self.reward_weights.to(scores.device)).nansum(dim=1)
+        everyone[scores.isnan().all(dim=1)] = torch.nan
+        return everyone, everyone[self.accelerator.process_index * rows :][:rows]
+
+    def _blame_mistakes(self, output: dict[str, Any]) -> None:
+        """Credit to first mistakes (`gpo_fast.credit`): advantages of shape (B, T), and no loss behind the mistake."""
+        advantages, rewards = output["advantages"], self._weighted_rewards(len(output["advantages"]))[1].tolist()
+        splitter, kept, mistakes = self.args.splitter(), self._kept(self._nodes), FirstMistake()
+        from_prompt = [i for i, cut in enumerate(kept) if cut == 0 and np.isfinite(rewards[i])]
+        whole = [self._rows[i] for i in from_prompt]
+        steps = [splitter.split(row.token_ids, self.processing_class) for row in whole]
+        mistakes.learn(whole, steps, [rewards[i] for i in from_prompt])
+        of_tokens = advantages[:, None].repeat(1, output["completion_ids"].shape[1])
+        mask = output.setdefault("tool_mask", torch.ones_like(output["completion_mask"]))
+        for i, (row, cut, advantage) in enumerate(zip(self._rows, kept, advantages.tolist())):
+            if advantage < 0:
+                own = splitter.split(row.token_ids[cut:], self.processing_class)
+                blamed = blame(advantage, row.logprobs[cut:], own, mistakes)
+                end = cut + len(blamed) if blamed else len(row.token_ids)
+                of_tokens[i, cut : cut + len(blamed)] = of_tokens.new_tensor(blamed)
+                mask[i, end:] = 0
+        output["advantages"] = of_tokens
 
     def _score(self, completions: Sequence[Completion], rows: Sequence[int]) -> np.ndarray:
         """Rewards of whole completions, float64 (n,); `rows[i]` is the batch row whose columns belong to i.

@@ -2,7 +2,8 @@
 
 A few seeds of a training curve differ by chance as much as algorithms do. So nothing is trained here. At a warm start
 an algorithm computes the gradient g of many batches of problems, with all the sampling that this takes. The gradient G
-of the solve rate itself is measured apart, from many more rollouts (RLOO, groups of 16).
+of the solve rate itself is measured apart, from many more rollouts (RLOO, groups of 16) and on other problems: what
+an update learns of its own problems alone is not counted.
 
 An update along g of the best size gains (G.g)^2 / (2 L |g|^2), with a bound L on the curvature. On average over
 batches, where noise dominates |g|^2, that is in proportion to (G.m)^2 / v with the mean m and the variance v of g: the
@@ -30,15 +31,22 @@ from gpo_fast.run_files import read_records
 
 REFERENCE = "grpo"
 TRUE = "grpo:num_generations=16,loss_type=rloo"  # its mean is the gradient of the solve rate
+OTHER_PROBLEMS = 13  # the seed of the true gradient's problems
 RESAMPLES = 400  # of the bootstrap
 _SEEDS = {"true": 3, "scale": 5, "own": 7}  # of rollouts: none are used twice
 
 
-def gradients(trial: Trial, folder: Path, batches: int, seed: int) -> tuple[np.ndarray, np.ndarray, list[Any]]:
-    """Gradients [batches, parameters], CPU seconds [batches] and metrics of batches, after one that is not counted."""
+def gradients(
+    trial: Trial, folder: Path, batches: int, seed: int, problems: int = TRAIN_SEED
+) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+    """Gradients [batches, parameters], CPU seconds [batches] and metrics of batches, after one that is not counted.
+
+    Args:
+        problems: the seed that draws them.
+    """
     found, seconds = [], []
     with TemporaryDirectory() as output:
-        trainer = build(replace(trial, seed=seed), folder, Path(output), solved, TRAIN_SEED)
+        trainer = build(replace(trial, seed=seed), folder, Path(output), solved, problems)
         model, rows, width = trainer.model, trainer.train_dataset, trainer.args.per_device_train_batch_size
         for batch in range(batches + 1):
             model.zero_grad(set_to_none=False)
@@ -53,9 +61,9 @@ def gradients(trial: Trial, folder: Path, batches: int, seed: int) -> tuple[np.n
 
 def true_gradient(trial: Trial, folder: Path, batches: int) -> tuple[np.ndarray, np.ndarray]:
     """The gradient of the solve rate, and what Adam would divide each component by; measured once for a warm start."""
-    target = folder / f"gradient-{trial.task.name}-{trial.task.steps}-{trial.start:g}-{batches}.npz"
+    target = folder / f"true-gradient-{trial.task.name}-{trial.task.steps}-{trial.start:g}-{batches}.npz"
     if not target.is_file():
-        true, _, _ = gradients(replace(trial, algorithm=TRUE), folder, batches, _SEEDS["true"])
+        true, _, _ = gradients(replace(trial, algorithm=TRUE), folder, batches, _SEEDS["true"], OTHER_PROBLEMS)
         usual, _, _ = gradients(replace(trial, algorithm=REFERENCE), folder, batches, _SEEDS["scale"])
         np.savez(target, gradient=true.mean(axis=0), scale=np.sqrt(np.square(usual).mean(axis=0)))
     stored = np.load(target, allow_pickle=False)

@@ -150,10 +150,11 @@ WAYS: dict[str, Way] = {
     "GPO, padded training": Way({**_OURS, "packing": "padded"}),
     "GPO, full-vocabulary loss": Way(_OURS, FullVocabularyTrainer),
     "GPO, uniform with reuse": Way({"estimator": "uniform", "reuse": "all"}),
+    "GPO, criterion max": Way({**_OURS, "criterion": "max"}),
     # Cheaper, and less sure: see critical_real.py.
     "GPO, half of N": Way({**_OURS, "num_samples": 2}),
     "GPO, no search": Way({"estimator": "proposal", "reuse": "all"}),
-    "GPO, bisection": Way({**_OURS, "estimator": "bisect", "criterion": "min"}),
+    "GPO, bisection": Way({**_OURS, "estimator": "bisect"}),
 }
 HEADLINE = (TRL, BASE, PLAIN, UNIFORM, OURS)
 ROWS = (TRL, *WAYS)
@@ -228,6 +229,7 @@ def our_trainer(
         "num_samples": size.samples,
         "max_completion_length": size.tokens,
         "search": search_worst,  # in every group, mixed or not
+        "criterion": "min",  # the step that lost the worst trajectory, as in the gain study
         "step_splitter": "tokens",
         "min_step_tokens": STEP_TOKENS,
         "max_batch_size": 64,

@@ -1,6 +1,6 @@
 """GPO's loop: what an iteration costs, and what it gains at equal time.
 
-    python benchmarks/loop.py gain                 # GRPO, GPO, random resets: two tasks, five seeds, equal time
+    python benchmarks/loop.py gain                 # GRPO, GPO and others: two tasks, five seeds, equal time
     python benchmarks/loop.py gain --only-report   # tables and plot of what is finished
     python benchmarks/loop.py gradient             # what an update is worth per second, at weights that stay
     python benchmarks/loop.py plane                # where resets can win: difficulty, length, how it is spread
@@ -40,16 +40,16 @@ def main() -> None:
     gain.add_argument("--tasks", nargs="+", default=["chain_sum", "basic_arithmetic"])
     gain.add_argument("--steps", type=int, default=6, help="length of a solution in lines")
     gain.add_argument("--start", type=float, default=0.3, help="solve rate at which the warm-up ends")
-    gain.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "gpo-proposal", "random"])
+    gain.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "random", "grpo-credit", "gpo-credit"])
     gain.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     gain.add_argument("--seconds", type=float, default=60.0, help="training time of each run")
-    gain.add_argument("--learning-rate", type=float, default=3e-4)
+    gain.add_argument("--learning-rate", type=float, default=1e-4)
     gain.add_argument("--folder", type=Path, default=Path("runs/gain"))
     gradient = commands.add_parser("gradient", help="what an update is worth per second")
     gradient.add_argument("--tasks", nargs="+", default=["chain_sum"])
     gradient.add_argument("--steps", type=int, default=6, help="length of a solution in lines")
     gradient.add_argument("--start", type=float, default=0.3, help="solve rate at which the warm-up ends")
-    gradient.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "gpo-proposal", "random"])
+    gradient.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "random", "grpo-credit", "gpo-credit"])
     gradient.add_argument("--batches", type=int, default=40, help="of 64 problems, for each algorithm")
     gradient.add_argument("--folder", type=Path, default=Path("runs/gain"), help="its warm starts are those of gain")
     plane = commands.add_parser("plane", help="progress per token over difficulty, length and how it is spread")

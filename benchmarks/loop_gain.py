@@ -63,7 +63,7 @@ class Trial:
     start: float  # solve rate at which the warm-up ends
     seconds: float  # of training
     evaluations: int = 5  # after equal parts of the time, and one before
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     problems: int = 512  # held-out ones, one sample each at temperature 1
 
     def __post_init__(self) -> None:

@@ -104,10 +104,7 @@ def studies(records: Iterable[Record]) -> list[Study]:
 
 
 def plot(all_studies: Sequence[Study], path: Path) -> None:
-    """A row for each study, a column for each axis; the band is the 95 % interval of the mean over seeds.
-
-    Algorithms with settings of their own are in the tables only.
-    """
+    """A row for each study, a column for each axis; the band is the 95 % interval of the mean over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,19 +115,19 @@ def plot(all_studies: Sequence[Study], path: Path) -> None:
     figure, cells = pyplot.subplots(len(all_studies), len(AXES), figsize=size, squeeze=False, sharey="row")
     for row, study in zip(cells, all_studies):
         for cell, (axis, label) in zip(row, AXES.items()):
-            for algorithm in (name for name in study.by_algorithm if ":" not in name):
+            for algorithm in study.by_algorithm:
                 grid, curve = study.mean_curve(algorithm, axis)
                 (line,) = cell.plot(grid, curve, label=algorithm)
                 intervals = [mean_interval(study.accuracy(algorithm, axis, at)) for at in grid]
                 low, high = [i.low for i in intervals], [i.high for i in intervals]
-                cell.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+                cell.fill_between(grid, low, high, color=line.get_color(), alpha=0.1, linewidth=0)
             cell.set_xlabel(label)
             if axis == "tokens":
                 cell.xaxis.set_major_formatter(EngFormatter(sep=""))
             cell.grid(alpha=0.3)
         row[0].set_ylabel("held-out accuracy")
         row[0].set_title(study.title, loc="left", fontsize=9)
-        row[0].legend(fontsize=8)
+        row[0].legend(fontsize=6)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -111,16 +111,18 @@ def plot(all_studies: Sequence[Study], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter
 
+    names = dict.fromkeys(name for study in all_studies for name in study.by_algorithm)
+    colours = {name: f"C{number}" for number, name in enumerate(names)}
     size = (4.2 * len(AXES), 3.2 * len(all_studies))
     figure, cells = pyplot.subplots(len(all_studies), len(AXES), figsize=size, squeeze=False, sharey="row")
     for row, study in zip(cells, all_studies):
         for cell, (axis, label) in zip(row, AXES.items()):
             for algorithm in study.by_algorithm:
                 grid, curve = study.mean_curve(algorithm, axis)
-                (line,) = cell.plot(grid, curve, label=algorithm)
+                cell.plot(grid, curve, color=colours[algorithm], label=algorithm)
                 intervals = [mean_interval(study.accuracy(algorithm, axis, at)) for at in grid]
                 low, high = [i.low for i in intervals], [i.high for i in intervals]
-                cell.fill_between(grid, low, high, color=line.get_color(), alpha=0.1, linewidth=0)
+                cell.fill_between(grid, low, high, color=colours[algorithm], alpha=0.1, linewidth=0)
             cell.set_xlabel(label)
             if axis == "tokens":
                 cell.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -404,7 +404,8 @@ class GuidedSampler:
             metrics["num_pairs"] = len(rows) / 2
         if found:
             reused_rewards = [r for s in searched if s.critical for r in s.critical.reusable_rewards[: len(s.reused)]]
-            metrics["reset_reward"] = float(np.mean(reset_rewards + reused_rewards))
+            if reset_rewards or reused_rewards:  # none where all critical steps are at the prompt
+                metrics["reset_reward"] = float(np.mean(reset_rewards + reused_rewards))
             advantages = [c.advantages[c.index] for c in found]
             metrics["critical_advantage"] = float(np.mean([a for a in advantages if np.isfinite(a)] or [0.0]))
             metrics["critical_position"] = float(np.mean([c.index / len(c.steps) for c in found]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,16 @@ def test_a_run_says_what_it_did(tmp_path: Path) -> None:
 
 def second_of_each(rewards):
     return [group * rewards.shape[1] + 1 for group in range(len(rewards))]
+
+
+def test_without_any_reset_the_metrics_are_numbers(tmp_path: Path) -> None:
+    """Trajectories of one step: each critical step is at the prompt, which has its rollouts."""
+    run = trainer(tmp_path / "run", reuse="all", min_step_tokens=12, max_steps=1)
+    run.train()
+    (record,) = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert record["num_searches"] > 0
+    assert "reset_reward" not in record
+    assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
 
 
 def test_the_search_is_chosen_by_a_rule_and_a_budget(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ _LOWEST = {
 PREFERENCE_LOSSES = ("dpo", "kto", "simpo", "orpo")
 LOSS_TYPES = ("grpo", "awr", "ppo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", *PREFERENCE_LOSSES)
 CRITICS = ("group", "value_head", "monte_carlo")
+CREDITS = ("trajectory", "mistake")
 # The papers' strengths of a preference loss (arXiv 2305.18290, 2402.01306, 2405.14734, 2403.07691).
 PREFERENCE_BETA = {"dpo": 0.1, "kto": 0.1, "simpo": 2.0, "orpo": 0.1}
 UNSCALED = ("dr_grpo", "rloo")  # whose papers do not divide advantages by a standard deviation
@@ -186,7 +187,7 @@ class GPOConfig(TrainingArguments):
             one_of("search", self.search, ("mixed", "worst", "all"))
         if self.proposal is not None and not callable(self.proposal):
             one_of("proposal", self.proposal, PROPOSALS)
-        one_of("credit", self.credit, ("trajectory", "mistake"))
+        one_of("credit", self.credit, CREDITS)
         one_of("packing", self.packing, ("tree", "padded"))
         for name, low in _LOWEST.items():
             value = getattr(self, name)

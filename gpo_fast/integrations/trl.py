@@ -21,7 +21,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 import gpo_fast.config
-from gpo_fast.config import one_of, option, splitter_of
+from gpo_fast.config import CREDITS, one_of, option, splitter_of
 from gpo_fast.credit import blame
 from gpo_fast.critical import CriticalStep, CriticalStepFinder
 from gpo_fast.critical.finder import OutcomeReward, check_options
@@ -92,7 +92,7 @@ class GPOConfig(GRPOConfig):
             raise ValueError(
                 "packing='tree' needs use_rollout_engine=True, which knows the rows' trees, and use_fused_head=True"
             )
-        one_of("credit", self.credit, ("trajectory", "mistake"))
+        one_of("credit", self.credit, CREDITS)
         if self.credit == "mistake" and (self.use_liger_kernel or not self.use_rollout_engine):
             raise ValueError(
                 "credit='mistake' needs use_rollout_engine=True, which records what it samples, and "

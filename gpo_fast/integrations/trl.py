@@ -440,9 +440,9 @@ class GPOTrainer(GRPOTrainer):
             if advantage < 0:
                 own = splitter.split(row.token_ids[cut:], self.processing_class)
                 blamed = blame(advantage, row.logprobs[cut:], own, mistakes)
-                end = cut + len(blamed) if blamed else len(row.token_ids)
-                of_tokens[i, cut : cut + len(blamed)] = of_tokens.new_tensor(blamed)
-                mask[i, end:] = 0
+                if blamed:
+                    of_tokens[i, cut : cut + len(blamed)] = of_tokens.new_tensor(blamed)
+                    mask[i, cut + len(blamed) :] = 0
         output["advantages"] = of_tokens
 
     def _score(self, completions: Sequence[Completion], rows: Sequence[int]) -> np.ndarray:

@@ -6,7 +6,7 @@
     python benchmarks/loop.py plane                # where resets can win: difficulty, length, how it is spread
     python benchmarks/loop.py price --only gpo     # seconds of an iteration, SmolLM2-135M (a row alone)
 
-`gain` trains models of 0.4M parameters from scratch: SmolLM2 is too slow on a CPU for five seeds. Each (task,
+`gain` trains a model of 0.4M parameters as a whole, or with `--model smollm2` the demo's model with LoRA. Each (task,
 algorithm, seed) is one line of the study's file; a study that was killed goes on, and two processes with different
 --seeds may work on one file. An algorithm may have settings of GPOConfig behind it, as in
 `--algorithms grpo gpo:criterion=max,num_resets=4`; `dpo gpo-dpo` compares those two. `gradient` takes algorithms in
@@ -26,6 +26,7 @@ import transformers
 from gpo_fast.bench import loop_gradient, loop_plane, loop_price
 from gpo_fast.bench.common import add_common, finish
 from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
+from gpo_fast.bench.loop_models import MODELS
 from gpo_fast.bench.loop_price import HEADLINE, ROWS
 from gpo_fast.bench.loop_study import plot, studies
 from gpo_fast.bench.loop_tasks import Task
@@ -37,19 +38,20 @@ def main() -> None:
     arguments_of = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = arguments_of.add_subparsers(dest="command", required=True)
     gain = commands.add_parser("gain", help="accuracy at equal time")
+    gain.add_argument("--model", choices=MODELS, default="tiny")
     gain.add_argument("--tasks", nargs="+", default=["chain_sum", "basic_arithmetic"])
     gain.add_argument("--steps", type=int, default=6, help="length of a solution in lines")
     gain.add_argument("--start", type=float, default=0.3, help="solve rate at which the warm-up ends")
-    gain.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "random", "grpo-credit", "gpo-credit"])
+    gain.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "random", "grpo-optimal", "gpo-optimal"])
     gain.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     gain.add_argument("--seconds", type=float, default=60.0, help="training time of each run")
-    gain.add_argument("--learning-rate", type=float, default=1e-4)
+    gain.add_argument("--learning-rate", type=float, help="by default the model's, tuned for GRPO")
     gain.add_argument("--folder", type=Path, default=Path("runs/gain"))
     gradient = commands.add_parser("gradient", help="what an update is worth per second")
     gradient.add_argument("--tasks", nargs="+", default=["chain_sum"])
     gradient.add_argument("--steps", type=int, default=6, help="length of a solution in lines")
     gradient.add_argument("--start", type=float, default=0.3, help="solve rate at which the warm-up ends")
-    gradient.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "random", "grpo-credit", "gpo-credit"])
+    gradient.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "random", "grpo-optimal", "gpo-optimal"])
     gradient.add_argument("--batches", type=int, default=40, help="of 64 problems, for each algorithm")
     gradient.add_argument("--folder", type=Path, default=Path("runs/gain"), help="its warm starts are those of gain")
     plane = commands.add_parser("plane", help="progress per token over difficulty, length and how it is spread")
@@ -77,7 +79,15 @@ def gain_trials(arguments: argparse.Namespace) -> list[Trial]:
     """Seed by seed, so that a study that is cut off has as many whole seeds as possible."""
     tasks = [Task(name, arguments.steps) for name in arguments.tasks]
     return [
-        Trial(task, algorithm, seed, arguments.start, arguments.seconds, learning_rate=arguments.learning_rate)
+        Trial(
+            task,
+            algorithm,
+            seed,
+            arguments.start,
+            arguments.seconds,
+            learning_rate=arguments.learning_rate,
+            model=arguments.model,
+        )
         for seed, task, algorithm in product(arguments.seeds, tasks, arguments.algorithms)
     ]
 

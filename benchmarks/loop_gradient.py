@@ -61,7 +61,7 @@ def gradients(
 
 def true_gradient(trial: Trial, folder: Path, batches: int) -> tuple[np.ndarray, np.ndarray]:
     """The gradient of the solve rate, and what Adam would divide each component by; measured once for a warm start."""
-    target = folder / f"true-gradient-{trial.task.name}-{trial.task.steps}-{trial.start:g}-{batches}.npz"
+    target = folder / f"true-gradient-{trial.model}-{trial.task.name}-{trial.task.steps}-{trial.start:g}-{batches}.npz"
     if not target.is_file():
         true, _, _ = gradients(replace(trial, algorithm=TRUE), folder, batches, _SEEDS["true"], OTHER_PROBLEMS)
         usual, _, _ = gradients(replace(trial, algorithm=REFERENCE), folder, batches, _SEEDS["scale"])

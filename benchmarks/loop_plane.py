@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from gpo_fast.bench.common import ReadmeRow, Table
 
+from gpo_fast.baseline import optimal_baseline, without_minor
 from gpo_fast.critical.bisect import BisectSearch
 from gpo_fast.critical.racing import RacingSearch
 from gpo_fast.critical.search import Search, SearchProblem, UniformSearch
@@ -51,7 +52,7 @@ class Scheme:
     every_group: bool = False  # also where all completions fail
     resets: int = 8
     samples: int = 4
-    credit: bool = False  # a failing chain's blame goes to the step that a proposal names, and the chain ends there
+    optimal: bool = False  # the baseline that leaves the least noise, and what teaches next to nothing left out
 
 
 SCHEMES = {
@@ -63,12 +64,13 @@ SCHEMES = {
     "random": Scheme(step="random"),
     "proposal": Scheme(step="proposal"),
     "proposal, every group of 4": Scheme(4, "proposal", every_group=True),
-    "credit, 8": Scheme(credit=True),
-    "credit, 4": Scheme(4, credit=True),
-    "proposal with credit": Scheme(step="proposal", every_group=True, resets=4, credit=True),
+    "optimal, 8": Scheme(optimal=True),
+    "optimal, 4": Scheme(4, optimal=True),
+    "random, optimal": Scheme(step="random", optimal=True),
+    "proposal, optimal": Scheme(4, "proposal", every_group=True, resets=4, optimal=True),
 }
 REFERENCE = "GRPO, 8"
-SHOWN = ("GRPO, 4", "racing", "random", "credit, 8", "proposal with credit")  # in the README, of chains of SHOWN_STEPS
+SHOWN = ("GRPO, 4", "racing", "random", "optimal, 4", "proposal, optimal")  # in the README, of chains of SHOWN_STEPS
 SHOWN_STEPS = 12
 
 
@@ -171,12 +173,13 @@ class Prompt:
         rewards = right.all(axis=1).astype(float)
         if rewards.std() == 0:
             return False
-        advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
-        scores, trained = right - self.rates[state:], right.size
-        for chain in np.flatnonzero(rewards == 0) if self.scheme.credit else ():
-            named = self._named(int(right[chain].argmin()), right.shape[1])
-            scores[chain, :named] = scores[chain, named + 1 :] = 0.0
-            trained -= right.shape[1] - named - 1
+        scores = right - self.rates[state:]
+        centred = rewards - rewards.mean()
+        if self.scheme.optimal:
+            sizes = np.square(scores).sum(axis=1)
+            centred = without_minor(rewards[None] - optimal_baseline(rewards[None], sizes[None]))[0]
+        advantages = centred / (rewards.std(ddof=1) + 1e-4)
+        trained = np.count_nonzero(advantages) * right.shape[1]
         np.add.at(self.gradient, self.facts[state:], advantages @ scores)
         self.tokens += self.price * trained * STEP_TOKENS
         return True

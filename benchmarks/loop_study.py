@@ -10,13 +10,23 @@ from typing import Any
 
 import numpy as np
 from gpo_fast.bench.common import Interval, ReadmeRow, Table, mean_interval
+from gpo_fast.bench.loop_models import MODELS
 from gpo_fast.bench.loop_tasks import Task
 
 Record = dict[str, Any]  # as loop_gain.run gives it
-CONTROL = "random"
 GOAL = 0.5  # share of the base's time in which its final accuracy is to be reached
 AXES = {"seconds": "training time (s)", "tokens": "sampled tokens", "steps": "optimiser steps"}
-COMPARED = ("task", "start", "learning_rate", "seconds", "evaluations", "problems", "clock")  # equal where compared
+# Equal in all records that are compared.
+COMPARED = (
+    "model",
+    "task",
+    "start",
+    "learning_rate",
+    "seconds",
+    "evaluations",
+    "problems",
+    "clock",
+)  # equal where compared
 GRID = 200  # points of a mean curve
 
 
@@ -34,12 +44,12 @@ class Study:
             self.by_algorithm[record["algorithm"]][record["seed"]] = record
         first = records[0]
         self.seconds, self.start, self.learning_rate = first["seconds"], first["start"], first["learning_rate"]
-        self.task = Task(**first["task"])
+        self.model, self.task = MODELS[first["model"]], Task(**first["task"])
 
     @property
     def title(self) -> str:
         rate = f"learning rate {self.learning_rate:g}"
-        return f"{self.task.label}, {self.start:.0%} at the start, {rate}, {self.seconds:g} s each"
+        return f"{self.model.label}: {self.task.label}, {self.start:.0%} at the start, {rate}, {self.seconds:g} s each"
 
     def accuracy(self, algorithm: str, axis: str, at: float) -> list[float]:
         """Accuracy of each seed where the axis has the value `at`, between two measurements in a straight line."""
@@ -137,27 +147,32 @@ def plot(all_studies: Sequence[Study], path: Path) -> None:
 
 
 def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
-    """Each algorithm's final accuracy against the base's at equal time, and the goal: its accuracy in half the time."""
-    return [
-        _readme_row(study, algorithm)
-        for study in studies(result["data"]["records"])
-        for algorithm in study.by_algorithm
-        if base_of(algorithm) in study.by_algorithm.keys() - {algorithm}
-    ]
+    """Each study's algorithms against their base at equal time, and the goal: its accuracy in half the time."""
+    found = []
+    for study in studies(result["data"]["records"]):
+        for base in ("grpo", "dpo"):
+            others = [name for name in study.by_algorithm if name != base and base_of(name) == base]
+            if others and base in study.by_algorithm:
+                found.append(_readme_row(study, base, others))
+    return found
 
 
-def _readme_row(study: Study, algorithm: str) -> ReadmeRow:
-    base, reached = base_of(algorithm), study.time_to_base(algorithm)
-    ours, theirs = (_percent(mean_interval(study.final(name))) for name in (algorithm, base))
-    time = "not reached" if reached is None else f"in {reached:.0%} of the time"
-    difference = f"difference {_percent(study.gain(algorithm), signed=True)}"
-    seeds = f"{len(study.by_algorithm[algorithm])} seeds"
+def _readme_row(study: Study, base: str, others: Sequence[str]) -> ReadmeRow:
+    seeds = min(len(study.by_algorithm[name]) for name in (base, *others))
+    texts, passed = [f"`{base}` {_percent(mean_interval(study.final(base)))}"], []
+    for name in others:
+        reached = study.time_to_base(name)
+        time = "not reached" if reached is None else f"{reached:.0%}"
+        texts.append(f"`{name}` {np.mean(study.final(name)):.1%}, {_percent(study.gain(name), signed=True)}, {time}")
+        if reached is not None and reached <= GOAL:
+            passed.append(f"`{name}`")
+    goal = f"{base}'s end in {GOAL:.0%} of its time"
     return ReadmeRow(
-        f"{study.title}: {algorithm} against {base}, held-out accuracy at equal time",
+        f"{study.title}, at least {seeds} seeds: held-out accuracy, less {base}'s at equal time, {base}'s end after",
         "loop.py gain",
-        f"{ours} against {theirs}; {difference}, {seeds}; the base's final accuracy {time}",
-        "" if algorithm == CONTROL else f"the base's in {GOAL:.0%} of its time",
-        algorithm != CONTROL and (reached is None or reached > GOAL),
+        "; ".join(texts),
+        f"{goal}: {', '.join(passed)}; **missed** by the others" if passed else goal,
+        not passed,
     )
 
 

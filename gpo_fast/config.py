@@ -47,7 +47,8 @@ _LOWEST = {
 PREFERENCE_LOSSES = ("dpo", "kto", "simpo", "orpo")
 LOSS_TYPES = ("grpo", "awr", "ppo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", *PREFERENCE_LOSSES)
 CRITICS = ("group", "value_head", "monte_carlo")
-CREDITS = ("trajectory", "mistake")
+BASELINES = ("mean", "optimal")
+AVERAGED_LOSSES = ("grpo", "gspo")  # whose gradient of a completion is a mean over its tokens
 # The papers' strengths of a preference loss (arXiv 2305.18290, 2402.01306, 2405.14734, 2403.07691).
 PREFERENCE_BETA = {"dpo": 0.1, "kto": 0.1, "simpo": 2.0, "orpo": 0.1}
 UNSCALED = ("dr_grpo", "rloo")  # whose papers do not divide advantages by a standard deviation
@@ -131,11 +132,10 @@ class GPOConfig(TrainingArguments):
         f"{' and '.join(UNSCALED)} do. rloo's baseline leaves the completion itself out.",
     )
     awr_beta: float = option(1.0, "Temperature of awr: a token weighs exp(advantage / awr_beta).")
-    credit: str = option(
-        "trajectory",
-        "Which tokens a completion's advantage goes to: all (trajectory), or, where it is worse than its group, those "
-        "of its likely first mistake (mistake); what comes behind is not trained on then. For rewards that one wrong "
-        "step decides.",
+    baseline: str = option(
+        "mean",
+        "What a group's rewards are compared with: their mean, or the baseline that leaves the gradient the least "
+        "noise (optimal), with which completions that teach next to nothing are not trained on.",
     )
     critic: str = option(
         "group",
@@ -187,7 +187,7 @@ class GPOConfig(TrainingArguments):
             one_of("search", self.search, ("mixed", "worst", "all"))
         if self.proposal is not None and not callable(self.proposal):
             one_of("proposal", self.proposal, PROPOSALS)
-        one_of("credit", self.credit, CREDITS)
+        one_of("baseline", self.baseline, BASELINES)
         one_of("packing", self.packing, ("tree", "padded"))
         for name, low in _LOWEST.items():
             value = getattr(self, name)
@@ -232,11 +232,12 @@ class GPOConfig(TrainingArguments):
                 f"critic={self.critic!r} gives an advantage to each token, and {self.loss_type} has none: set "
                 "critic='group'"
             )
-        if self.credit == "mistake" and (self.critic != "group" or self.learns_from_pairs or self.loss_type == "rloo"):
+        if self.baseline == "optimal" and (
+            self.critic != "group" or self.learns_from_pairs or self.loss_type in ("awr", "rloo")
+        ):
             raise ValueError(
-                "credit='mistake' deals a completion's advantage out to its tokens: it needs critic='group' and a loss "
-                f"other than rloo, {', '.join(PREFERENCE_LOSSES)}; got critic={self.critic!r}, "
-                f"loss_type={self.loss_type!r}"
+                "baseline='optimal' is of a group's rewards: it needs critic='group' and a loss other than awr, rloo, "
+                f"{', '.join(PREFERENCE_LOSSES)}; got critic={self.critic!r}, loss_type={self.loss_type!r}"
             )
         if self.critic == "monte_carlo" and not self.use_gpo:
             raise ValueError("critic='monte_carlo' takes its values from the search: set use_gpo=True")

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from gpo_fast.config import GPOConfig
-from gpo_fast.credit import blame_mistakes
+from gpo_fast.baseline import gradient_size, optimal_baseline, without_minor
+from gpo_fast.config import AVERAGED_LOSSES, GPOConfig
 from gpo_fast.critic import monte_carlo_advantages, scale_advantages
 from gpo_fast.critical import CriticalStep, CriticalStepFinder, OutcomeReward
-from gpo_fast.critical.proposals import FirstMistake
 from gpo_fast.critical.step import SCORES, branch_record
 from gpo_fast.data import Example, columns_of, decode_completion, encode_prompt, is_conversation
 from gpo_fast.dynamic_sampling import BaseRollouts, mixed_groups, resample
@@ -30,7 +29,6 @@ from gpo_fast.pairs import preference_rows
 from gpo_fast.ranks import ALONE, Ranks
 from gpo_fast.rewards import RewardFunctions, overlong_punishment
 from gpo_fast.rollout.types import Completion, Request
-from gpo_fast.steps import Step
 
 PhaseCallback = Callable[[str], None]
 
@@ -124,8 +122,6 @@ class GuidedSampler:
                     groups += self._reset(searched, examples, seeds, forest, timer)
         rows = self._trained(groups)
         metrics = self._metrics(base, rows, searched, forest, timer)
-        if config.credit == "mistake":
-            self._blame_mistakes(base, rows, forest)
         return Experience(
             rows,
             metrics,
@@ -200,14 +196,19 @@ class GuidedSampler:
         columns = columns_of(rows)
         return self.rewards(prompts, shown, [c.token_ids for c in completions], columns).total
 
-    def _advantages(self, rewards: np.ndarray) -> np.ndarray:
+    def _advantages(self, rewards: np.ndarray, completions: Sequence[Completion]) -> np.ndarray:
         """Advantages relative to the group (GRPO, arXiv 2402.03300): rewards (groups, n) -> (groups, n).
 
         Of "rloo" relative to the group's other completions (arXiv 2402.14740). A critic's are scaled later, all
         together.
         """
         config, width = self.config, rewards.shape[1]
-        centred: np.ndarray = rewards - rewards.mean(axis=1, keepdims=True)
+        if config.baseline == "optimal":
+            averaged = config.loss_type in AVERAGED_LOSSES
+            sizes = np.asarray([gradient_size(c.sampling_logprobs, averaged=averaged) for c in completions])
+            centred = without_minor(rewards - optimal_baseline(rewards, sizes.reshape(rewards.shape)))
+        else:
+            centred = rewards - rewards.mean(axis=1, keepdims=True)
         if config.loss_type == "rloo":
             centred = centred * (width / (width - 1))  # r - (the others' mean)
         if config.scale_rewards and config.critic == "group":
@@ -218,6 +219,7 @@ class GuidedSampler:
         self, completions: Sequence[Completion], rewards: np.ndarray, kind: Any, nodes: Sequence[int]
     ) -> list[TrainingRow]:
         """Rows of groups of completions with the rewards (groups, n)."""
+        advantages = self._advantages(rewards, completions).ravel()
         return [
             TrainingRow(
                 c.prompt_token_ids,
@@ -229,18 +231,8 @@ class GuidedSampler:
                 reward=float(r),
                 truncated=c.finish_reason == "length",
             )
-            for c, a, r, node in zip(completions, self._advantages(rewards).ravel(), rewards.ravel(), nodes)
+            for c, a, r, node in zip(completions, advantages, rewards.ravel(), nodes)
         ]
-
-    def _blame_mistakes(self, base: BaseRollouts, rows: Sequence[TrainingRow], forest: TokenForest) -> None:
-        """Credit to first mistakes, by what all the prompts' rollouts say of surprise and failure."""
-        mistakes = FirstMistake()
-        steps = [self._split(c.token_ids) for c in base.completions]
-        mistakes.learn(base.completions, steps, base.rewards.ravel().tolist())
-        blame_mistakes(rows, forest, mistakes, self._split)
-
-    def _split(self, token_ids: Sequence[int]) -> list[Step]:
-        return self.splitter.split(token_ids, self.engine.tokenizer)
 
     def _trained(self, groups: Sequence[Sequence[TrainingRow]]) -> list[TrainingRow]:
         """The rows of the groups as the base algorithm learns from them."""

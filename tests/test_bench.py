@@ -17,7 +17,7 @@ from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
 from gpo_fast.bench.loop_gradient import worth
 from gpo_fast.bench.loop_plane import EVEN, KINDS, SCHEMES, STEP_TOKENS, Prompt, World, progress
 from gpo_fast.bench.loop_price import FullVocabularyTrainer, PlainEngine, Size, StepClock, Way, our_trainer
-from gpo_fast.bench.loop_study import Study, studies
+from gpo_fast.bench.loop_study import Study, readme_rows, studies
 from gpo_fast.bench.loop_tasks import Task, character_tokenizer, solved
 from gpo_fast.bench.readme import README, table, with_table
 from gpo_fast.bench.suite import SUITE, command, compare
@@ -70,7 +70,13 @@ def record(algorithm: str, seed: int, accuracies: list[float], tokens: float = 1
         {"seconds": float(i), "steps": 2 * i, "tokens": tokens * i, "rollouts": i, "accuracy": a}
         for i, a in enumerate(accuracies)
     ]
-    shared = {"task": {"name": "chain_sum", "steps": 4}, "start": 0.1, "evaluations": 4, "learning_rate": 3e-4}
+    shared = {
+        "model": "tiny",
+        "task": {"name": "chain_sum", "steps": 4},
+        "start": 0.1,
+        "evaluations": 4,
+        "learning_rate": 3e-4,
+    }
     return {
         **shared,
         "algorithm": algorithm,
@@ -92,7 +98,11 @@ def test_a_study_compares_at_equal_time_tokens_and_steps() -> None:
     assert study.shortest("tokens") == 400
     assert study.accuracy("gpo", "tokens", 400) == pytest.approx([0.5] * 3)
     assert Study([*base, record("slow", 0, [0.1] * 5)]).time_to_base("slow") is None
-    assert len(studies([*base, {**ours[0], "seconds": 5.0}])) == 2
+    assert (
+        len(studies([*base, {**ours[0], "seconds": 5.0}]))
+        == len(studies([*base, {**ours[0], "model": "smollm2"}]))
+        == 2
+    )
     assert [row[0] for row in study.table().rows] == ["grpo", "gpo"]
     preferences = Study([*base, record("dpo", 0, [0.1] * 5), record("gpo-dpo:beta=0.2", 0, [0.1, 0.1, 0.1, 0.1, 0.3])])
     assert preferences.gain("gpo-dpo:beta=0.2").mean == pytest.approx(0.2)
@@ -113,6 +123,22 @@ def test_a_run_is_recorded_once_and_its_clock_leaves_evaluation_out(tmp_path: Pa
     json.dumps(result)
     with pytest.raises(ValueError, match="unknown algorithm 'gppo'"):
         Trial(Task("chain_sum", 2), "gppo", 0, 0.1, 1.0)
+    with pytest.raises(ValueError, match="unknown model 'large': use one of tiny, smollm2"):
+        Trial(Task("chain_sum", 2), "gpo", 0, 0.1, 1.0, model="large")
+    assert Trial(Task("chain_sum", 2), "gpo", 0, 0.1, 1.0, model="smollm2").learning_rate == 4e-4
+
+
+def test_the_readme_says_who_reaches_the_bases_end_in_half_its_time() -> None:
+    base = [record("grpo", s, [0.1, 0.2, 0.3, 0.4, 0.5]) for s in range(3)]
+    fast = [record("gpo", s, [0.1, 0.4, 0.6, 0.6, 0.7]) for s in range(2)]
+    slow = [record("random", s, [0.1, 0.1, 0.2, 0.3, 0.45]) for s in range(3)]
+    (row,) = readme_rows({"data": {"records": base + fast + slow}})
+    assert "at least 2 seeds" in row.what
+    assert row.result.startswith("`grpo` 50.0% (50.0% to 50.0%); `gpo` 70.0%, +20.0% (")
+    assert row.result.endswith("; `random` 45.0%, -5.0% (-5.0% to -5.0%), not reached")
+    assert not row.missed
+    assert row.goal == "grpo's end in 50% of its time: `gpo`; **missed** by the others"
+    assert readme_rows({"data": {"records": base + slow}})[0].missed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,12 +159,11 @@ def test_the_plane_counts_what_a_search_samples() -> None:
     """All fail from a lost state, so that a reset after the mistake costs tokens and teaches nothing."""
     world = World(4, 0.2, EVEN)
     cost = {}
-    names = ("GRPO, 8", "uniform", "racing", "bisect", "random", "proposal", "proposal with credit", "credit, 8")
+    names = ("GRPO, 8", "uniform", "racing", "bisect", "random", "proposal", "optimal, 8")
     for name in names:
         rng = np.random.default_rng(1)
         cost[name] = np.mean([Prompt(world, SCHEMES[name], rng, 1.0, 0.9).tokens for _ in range(300)])
-    assert cost["credit, 8"] < cost["GRPO, 8"] < min(cost["random"], cost["proposal"])
-    assert cost["credit, 8"] < cost["proposal with credit"]
+    assert cost["optimal, 8"] < cost["GRPO, 8"] < min(cost["random"], cost["proposal"])
     assert max(cost["random"], cost["proposal"]) < cost["bisect"] < cost["uniform"]
     assert cost["racing"] < cost["uniform"]
     assert progress(world, SCHEMES["GRPO, 8"], 500, 1.0, 0.9, seed=0) > progress(

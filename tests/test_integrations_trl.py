@@ -11,6 +11,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -19,10 +20,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 trl = pytest.importorskip("trl")
 
-from gpo_fast import TokenForest  # noqa: E402
-from gpo_fast.credit import blame_mistakes  # noqa: E402
-from gpo_fast.critical.proposals import FirstMistake  # noqa: E402
-from gpo_fast.experience import TrainingRow  # noqa: E402
+from gpo_fast.baseline import gradient_size  # noqa: E402
 from gpo_fast.integrations.trl import GPOConfig, GPOTrainer  # noqa: E402
 from gpo_fast.integrations.trl_rewards import LocalRewards  # noqa: E402
 
@@ -151,40 +149,33 @@ def test_base_rows_are_compared_with_all_completions_of_their_prompt(tmp_path: P
 
 
 @pytest.mark.parametrize("use_gpo", [True, False])
-def test_a_mistake_is_blamed_as_our_own_trainer_blames_it(tmp_path: Path, use_gpo: bool) -> None:
-    found = {}
-    for credit in ("trajectory", "mistake"):
-        run = gpo(tmp_path, credit=credit, use_gpo=use_gpo, min_step_tokens=2, max_steps=1)
-        run.model.train()
-        found[credit] = run._generate_and_score_completions([ROWS[3]] * 4 + [ROWS[7]] * 4)
-    plain, blamed = found["trajectory"], found["mistake"]
-    assert torch.equal(plain["completion_ids"], blamed["completion_ids"])
-    assert blamed["advantages"].shape == blamed["completion_ids"].shape
-    before = plain["completion_mask"] * plain.get("tool_mask", torch.ones_like(plain["completion_mask"]))
-    after = blamed["completion_mask"] * blamed["tool_mask"]
-    kept, splitter, mistakes = run._kept(run._nodes), run.args.splitter(), FirstMistake()
-    base = [i for i, cut in enumerate(kept) if cut == 0]
-    rewards = digits([run.processing_class.decode(r.token_ids, skip_special_tokens=True) for r in run._rows], [0] * 8)
-    steps = [splitter.split(run._rows[i].token_ids, run.processing_class) for i in base]
-    mistakes.learn([run._rows[i] for i in base], steps, [rewards[i] for i in base])
-    shortened = 0
-    for row, cut, advantage, own, trained, all_of_it in zip(
-        run._rows, kept, plain["advantages"].tolist(), blamed["advantages"], after, before
-    ):
-        if advantage >= 0:
-            assert torch.equal(trained, all_of_it)
-            assert own.tolist() == pytest.approx([advantage] * len(own))
-            continue
-        forest = TokenForest()
-        root, start = forest.add_prompt(row.prompt_token_ids), len(row.prompt_token_ids)
-        node = forest.branch(root, start, row.token_ids[cut:], logprobs=row.logprobs[cut:])
-        expected = TrainingRow(row.prompt_token_ids, row.token_ids[cut:], row.logprobs[cut:], advantage, "base", node)
-        blame_mistakes([expected], forest, mistakes, lambda ids: splitter.split(ids, run.processing_class))
-        assert trained.nonzero().flatten().tolist() == list(range(cut, cut + len(expected.token_ids)))
-        assert own[trained.bool()].tolist() == pytest.approx(expected.advantage_of_tokens, rel=1e-5)
-        shortened += int(trained.sum() < all_of_it.sum())
-    assert shortened > 0
-    assert (sum(kept) > 0) == use_gpo
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_rows_are_compared_with_the_optimal_baseline(tmp_path: Path, use_gpo: bool, loss_type: str) -> None:
+    run = gpo(tmp_path, baseline="optimal", use_gpo=use_gpo, loss_type=loss_type, scale_rewards="none", max_steps=1)
+    run.model.train()
+    output = run._generate_and_score_completions([ROWS[3]] * 4 + [ROWS[7]] * 4)
+    texts = [run.processing_class.decode(row.token_ids, skip_special_tokens=True) for row in run._rows]
+    rewards, kept = digits(texts, [0] * 8), run._kept(run._nodes)
+    averaged = loss_type == "grpo"
+    sizes = [gradient_size(row.sampling_logprobs[cut:], averaged=averaged) for row, cut in zip(run._rows, kept)]
+    searched = {group.first: group for group in run._groups}
+    assert (len(searched) > 0) == use_gpo
+
+    def lower(values, weights) -> float:
+        return min(np.average(values, weights=weights), np.mean(values))
+
+    for first in (0, 4):
+        states = [slice(first, first + 4)]
+        if first in searched:
+            states = [slice(first + 2, first + 4)]
+            b = lower(searched[first].base_rewards, searched[first].base_sizes)
+            assert len(searched[first].base_sizes) == 4
+            assert searched[first].base_sizes[:2] == sizes[first : first + 2]
+            expected = [reward - b for reward in rewards[first : first + 2]]
+            assert output["advantages"][first : first + 2].tolist() == pytest.approx(expected, abs=1e-6)
+        for rows in states:
+            b = lower(rewards[rows], sizes[rows])
+            assert output["advantages"][rows].tolist() == pytest.approx([r - b for r in rewards[rows]], abs=1e-6)
     run.train()
     assert run.state.log_history[0]["grad_norm"] > 0
 
@@ -258,7 +249,6 @@ def test_without_gpo_loss_and_gradients_are_trls(tmp_path: Path, saved: str, cha
         {"loss_type": "dr_grpo", "entropy_coef": 0.3, "temperature": 0.7},
         {"loss_type": "cispo", "num_iterations": 2, "max_steps": 2},
         {"loss_type": "grpo", "use_gpo": False},
-        {"loss_type": "dapo", "credit": "mistake"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -418,11 +408,12 @@ def test_adapters_conversations_async_rewards_and_checkpoints(tmp_path: Path) ->
         ({"estimator": "bisect"}, "needs criterion='min'"),
         ({"estimator": "races"}, "estimator must be one of"),
         ({"search": "all"}, "search must be one of mixed, worst, got 'all'"),
-        ({"credit": "all"}, "credit must be one of trajectory, mistake, got 'all'"),
-        ({"credit": "mistake", "use_gpo": False, "use_rollout_engine": False}, "credit='mistake' needs use_rollout"),
+        ({"baseline": "median"}, "baseline must be one of mean, optimal, got 'median'"),
+        ({"baseline": "optimal", "use_gpo": False, "use_rollout_engine": False}, "'optimal' needs use_rollout_engine"),
+        ({"baseline": "optimal", "use_gpo": False, "repetition_penalty": 1.1}, "records, and it cannot sample with"),
         (
-            {"credit": "mistake", "use_gpo": False, "repetition_penalty": 1.1},
-            "cannot be blamed with repetition",
+            {"baseline": "optimal", "use_gpo": False, "multi_objective_aggregation": "normalize_then_sum"},
+            "baseline='optimal' needs multi_objective_aggregation",
         ),
         ({"packing": "tree", "use_fused_head": False}, "packing='tree' needs use_rollout_engine=True"),
         ({"packing": "tree", "use_gpo": False, "repetition_penalty": 1.1}, "packing='tree' needs the rollout engine"),

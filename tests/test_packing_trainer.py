@@ -55,8 +55,6 @@ def sampled(folder: Path, **changes):
         ({"beta": 0.1, "loss_type": "awr"}, 1e-5),
         ({"steps_per_generation": 2, "loss_type": "gspo"}, 1e-5),
         ({"gradient_checkpointing": True}, 1e-5),
-        ({"credit": "mistake"}, 1e-5),
-        ({"credit": "mistake", "loss_type": "gspo", "steps_per_generation": 2}, 1e-5),
         ({"bf16": True}, 0.1),
         ({"max_tokens_per_microbatch": 60}, 1e-5),
     ],

@@ -21,11 +21,10 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 import gpo_fast.config
-from gpo_fast.config import CREDITS, one_of, option, splitter_of
-from gpo_fast.credit import blame
+from gpo_fast.baseline import gradient_size, optimal_baseline
+from gpo_fast.config import BASELINES, one_of, option, splitter_of
 from gpo_fast.critical import CriticalStep, CriticalStepFinder
 from gpo_fast.critical.finder import OutcomeReward, check_options
-from gpo_fast.critical.proposals import FirstMistake
 from gpo_fast.data import is_conversation
 from gpo_fast.forest import TokenForest
 from gpo_fast.integrations.trl_head import install_fused_head
@@ -39,6 +38,7 @@ from gpo_fast.steps import METHODS, StepSplitter
 from gpo_fast.tree_attention import tree_attention_of
 
 logger = logging.getLogger(__name__)
+AVERAGED_LOSSES = ("grpo", "sapo")  # whose gradient of a completion is a mean over its tokens
 
 
 def _ours(name: str) -> Any:
@@ -73,7 +73,11 @@ class GPOConfig(GRPOConfig):
     reuse: str = option(
         "none", "Rows that the search's samples of the critical step take in place of new rollouts: none, split or all."
     )
-    credit: str = _ours("credit")
+    baseline: str = option(
+        "mean",
+        "What a group's rewards are compared with: their mean, as TRL does, or the baseline that leaves the gradient "
+        "the least noise (optimal).",
+    )
     step_splitter: Any = _ours("step_splitter")
     step_pattern: str | None = _ours("step_pattern")
     min_step_tokens: int = _ours("min_step_tokens")
@@ -92,17 +96,17 @@ class GPOConfig(GRPOConfig):
             raise ValueError(
                 "packing='tree' needs use_rollout_engine=True, which knows the rows' trees, and use_fused_head=True"
             )
-        one_of("credit", self.credit, CREDITS)
-        if self.credit == "mistake" and (self.use_liger_kernel or not self.use_rollout_engine):
-            raise ValueError(
-                "credit='mistake' needs use_rollout_engine=True, which records what it samples, and "
-                f"use_liger_kernel=False, got {self.use_rollout_engine} and {self.use_liger_kernel}"
-            )
+        one_of("baseline", self.baseline, BASELINES)
         if not callable(self.step_splitter):
             one_of("step_splitter", self.step_splitter, METHODS)
         self.splitter()  # checks the rest
+        if self.baseline == "optimal":
+            if not self.use_rollout_engine:
+                raise ValueError("baseline='optimal' needs use_rollout_engine=True, which records what it samples")
+            self._check_groups("baseline='optimal'")
         if not self.use_gpo:
             return
+        self._check_groups("use_gpo")
         check_options(self.num_samples, self.criterion, self.estimator, self.reset, self.reuse, self.racing_delta)
         if not callable(self.search):
             one_of("search", self.search, ("mixed", "worst"))
@@ -115,9 +119,16 @@ class GPOConfig(GRPOConfig):
             raise ValueError(f"reset_share must be above 0 and at most 1, got {self.reset_share}")
         if not self.use_rollout_engine:
             raise ValueError("use_gpo needs the rollout engine: set use_rollout_engine=True, or use_gpo=False")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments into every checkpoint, and checkpoints are shared: no secret may be in them.
+        return {**self.__dict__, "hub_token": None}
+
+    def _check_groups(self, who: str) -> None:
+        """That the groups of a batch lie on this process and have one reward for each row."""
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
-                f"use_gpo needs multi_objective_aggregation='sum_then_normalize', got "
+                f"{who} needs multi_objective_aggregation='sum_then_normalize', got "
                 f"{self.multi_objective_aggregation!r}"
             )
         rows = self.per_device_train_batch_size * (self.steps_per_generation or 1)
@@ -125,12 +136,8 @@ class GPOConfig(GRPOConfig):
             raise ValueError(
                 f"a process samples per_device_train_batch_size * steps_per_generation = {rows} completions at once, "
                 f"which is not a multiple of num_generations={self.num_generations}: a group would lie on two "
-                "processes, and its critical step could not be searched"
+                f"processes, and {who} needs it on one"
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Trainer pickles its arguments into every checkpoint, and checkpoints are shared: no secret may be in them.
-        return {**self.__dict__, "hub_token": None}
 
     def splitter(self) -> StepSplitter:
         """How trajectories are split into steps."""
@@ -148,6 +155,7 @@ class _Group(NamedTuple):
     first: int  # index of its first row
     resets: int  # its last rows are rollouts from the critical step
     base_rewards: list[float]  # of all completions of the prompt, also of those whose rows were given away
+    base_sizes: list[float]  # of their gradients
 
 
 class GPOTrainer(GRPOTrainer):
@@ -184,8 +192,11 @@ class GPOTrainer(GRPOTrainer):
         reason = _why_no_engine(self, own_rollouts)
         if args.use_gpo and reason is not None:
             raise ValueError(f"critical steps cannot be searched {reason}: change that, or set use_gpo=False")
-        if args.credit == "mistake" and reason is not None:
-            raise ValueError(f"a mistake cannot be blamed {reason}: change that, or set credit='trajectory'")
+        if args.baseline == "optimal" and reason is not None:
+            raise ValueError(
+                f"baseline='optimal' needs what gpo-fast's engine records, and it cannot sample {reason}: change that, "
+                "or set baseline='mean'"
+            )
         if args.packing == "tree":
             self._check_packing(no_head, reason)
         self._engine: Any = None
@@ -217,10 +228,8 @@ class GPOTrainer(GRPOTrainer):
         """TRL's, then the advantages of searched groups: a row is compared with rows of its own state."""
         self._inputs, self._groups = inputs, []
         output = super()._generate_and_score_completions(inputs)
-        if self.model.training and self.args.use_gpo:
+        if self.model.training and (self.args.use_gpo or self.args.baseline == "optimal"):
             self._set_advantages(output)
-        if self.model.training and self.args.credit == "mistake":
-            self._blame_mistakes(output)
         if self._packed_nodes is not None:
             output["gpo_nodes"] = torch.tensor(self._packed_nodes)  # shuffled and split with the rows
             self._packed_nodes = None
@@ -333,6 +342,7 @@ class GPOTrainer(GRPOTrainer):
         """
         width, resets = self.num_generations, self.args.num_resets
         scores = self._score(rows, range(len(rows))).reshape(-1, width)
+        sizes = [self._gradient_size(row) for row in rows]
         chosen = choose_searches(scores, rows, self.args, self._finder(lambda found: [], 0))
         if len({i // width for i in chosen}) < len(chosen):
             raise ValueError(f"search chose {chosen}: under TRL at most one trajectory of a group of {width}")
@@ -345,7 +355,7 @@ class GPOTrainer(GRPOTrainer):
                 rows[row] = CriticalStepFinder.whole(trajectory, continuation)
                 at = len(trajectory.prompt_token_ids) + cut
                 self._nodes[row] = self._forest.branch(node, at, continuation.token_ids)
-            self._groups.append(_Group(group * width, resets, scores[group].tolist()))
+            self._groups.append(_Group(group * width, resets, scores[group].tolist(), sizes[group * width : end]))
         metrics = self._metrics["train"]
         metrics["gpo/searched_groups"].append(len(chosen) / max(1, len(scores)))
 
@@ -401,15 +411,28 @@ class GPOTrainer(GRPOTrainer):
         metrics["gpo/search_tokens_saved"].append(float(sum(f.tokens_saved for f in found)))
 
     def _set_advantages(self, output: dict[str, Any]) -> None:
-        """Advantages of searched groups: base rows against all completions of the prompt, resets among themselves."""
-        advantages = output["advantages"]
+        """Advantages of searched groups: base rows against all completions of the prompt, resets among themselves.
+
+        With the optimal baseline those of the other groups as well.
+        """
+        advantages, width = output["advantages"], self.num_generations
         everyone, local = self._weighted_rewards(len(advantages))
-        for group in self._groups:
-            cut = group.first + self.num_generations - group.resets
-            base = torch.tensor(group.base_rewards, dtype=local.dtype, device=local.device)
-            for rows, reference in ((slice(group.first, cut), base), (slice(cut, cut + group.resets), None)):
-                compared = local[rows] if reference is None else reference
-                centred = local[rows] - compared.nanmean()
+        sizes = [self._gradient_size(row, cut) for row, cut in zip(self._rows, self._kept(self._nodes))]
+        groups = {group.first: group for group in self._groups}
+        if self.args.baseline == "optimal":
+            for first in range(0, len(advantages), width):
+                own = slice(first, first + width)
+                groups.setdefault(first, _Group(first, 0, local[own].tolist(), sizes[own]))
+        for group in groups.values():
+            end = group.first + width
+            cut = end - group.resets
+            base, resets = slice(group.first, cut), slice(cut, end)
+            for rows, rewards, of_rows in (
+                (base, group.base_rewards, group.base_sizes),
+                (resets, local[resets].tolist(), sizes[resets]),
+            ):
+                compared = local.new_tensor(rewards)
+                centred = local[rows] - self._baseline(compared, of_rows)
                 if self.scale_rewards != "none":
                     spread = everyone if self.scale_rewards == "batch" else compared
                     centred = centred / (spread[~spread.isnan()].std() + 1e-4)
@@ -419,31 +442,24 @@ class GPOTrainer(GRPOTrainer):
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(logged)
 
+    def _baseline(self, rewards: torch.Tensor, sizes: Sequence[float]) -> torch.Tensor:
+        """What rewards (n,) of one state are compared with; NaN rewards do not count."""
+        known = ~rewards.isnan()
+        if self.args.baseline == "mean" or not known.any():
+            return rewards.nanmean()
+        b = optimal_baseline(rewards[known].cpu().double().numpy()[None], np.asarray(sizes)[known.cpu().numpy()][None])
+        return rewards.new_tensor(b.item())
+
+    def _gradient_size(self, row: Completion, kept: int = 0) -> float:
+        """Of a row whose first `kept` tokens are not trained on."""
+        return gradient_size(row.sampling_logprobs[kept:], averaged=self.loss_type in AVERAGED_LOSSES)
+
     def _weighted_rewards(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards of all processes' rows, and of this one's; NaN where no function applies, as in TRL."""
         scores = self._rewards_per_function
         everyone = (scores * self.reward_weights.to(scores.device)).nansum(dim=1)
         everyone[scores.isnan().all(dim=1)] = torch.nan
         return everyone, everyone[self.accelerator.process_index * rows :][:rows]
-
-    def _blame_mistakes(self, output: dict[str, Any]) -> None:
-        """Credit to first mistakes (`gpo_fast.credit`): advantages of shape (B, T), and no loss behind the mistake."""
-        advantages, rewards = output["advantages"], self._weighted_rewards(len(output["advantages"]))[1].tolist()
-        splitter, kept, mistakes = self.args.splitter(), self._kept(self._nodes), FirstMistake()
-        from_prompt = [i for i, cut in enumerate(kept) if cut == 0 and np.isfinite(rewards[i])]
-        whole = [self._rows[i] for i in from_prompt]
-        steps = [splitter.split(row.token_ids, self.processing_class) for row in whole]
-        mistakes.learn(whole, steps, [rewards[i] for i in from_prompt])
-        of_tokens = advantages[:, None].repeat(1, output["completion_ids"].shape[1])
-        mask = output.setdefault("tool_mask", torch.ones_like(output["completion_mask"]))
-        for i, (row, cut, advantage) in enumerate(zip(self._rows, kept, advantages.tolist())):
-            if advantage < 0:
-                own = splitter.split(row.token_ids[cut:], self.processing_class)
-                blamed = blame(advantage, row.logprobs[cut:], own, mistakes)
-                if blamed:
-                    of_tokens[i, cut : cut + len(blamed)] = of_tokens.new_tensor(blamed)
-                    mask[i, cut + len(blamed) :] = 0
-        output["advantages"] = of_tokens
 
     def _score(self, completions: Sequence[Completion], rows: Sequence[int]) -> np.ndarray:
         """Rewards of whole completions, float64 (n,); `rows[i]` is the batch row whose columns belong to i.

@@ -427,10 +427,10 @@ class GPOTrainer(GRPOTrainer):
             end = group.first + width
             cut = end - group.resets
             base, resets = slice(group.first, cut), slice(cut, end)
-            for rows, rewards, of_rows in (
-                (base, group.base_rewards, group.base_sizes),
-                (resets, local[resets].tolist(), sizes[resets]),
-            ):
+            states = [(base, group.base_rewards, group.base_sizes)]
+            if group.resets:
+                states.append((resets, local[resets].tolist(), sizes[resets]))
+            for rows, rewards, of_rows in states:
                 compared = local.new_tensor(rewards)
                 centred = local[rows] - self._baseline(compared, of_rows)
                 if self.scale_rewards != "none":

@@ -46,6 +46,7 @@ def train_from_config(path: Path, overrides: dict[str, Any]) -> None:
     if spec.merge_adapter and trainer.is_world_process_zero():
         _save_merged(spec, trainer.run_files.folder)
     print(write_report(trainer.run_files.folder))
+    trainer.accelerator.end_training()  # a process group that is left to the interpreter's end may abort there
 
 
 def find_critical(

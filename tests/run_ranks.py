@@ -178,3 +178,5 @@ if __name__ == "__main__":
         resume(Path(sys.argv[2]))
     else:
         train(Path(sys.argv[2]), int(sys.argv[3]), dies=sys.argv[4:] == ["die"])
+    if torch.distributed.is_initialized():  # left to the interpreter's end, gloo's threads may abort there
+        torch.distributed.destroy_process_group()

@@ -159,7 +159,8 @@ def settings(trial: Trial, output: Path) -> GPOConfig:
         "lr_scheduler_type": "constant_with_warmup",
         "weight_decay": 0.0,
     }
-    shared |= MODELS[trial.model].settings | {"learning_rate": trial.learning_rate}
+    pupil = MODELS[trial.model]
+    shared |= pupil.settings | {"learning_rate": trial.learning_rate, "bf16": pupil.dtype() == torch.bfloat16}
     return GPOConfig(
         output_dir=str(output),
         seed=trial.seed,

@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpo_fast.bench.loop_tasks import Row, Task, character_tokenizer, solved
+from gpo_fast.bench.loop_tasks import Task, character_tokenizer, solved
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gpo_fast import linear_logprob
-from gpo_fast.demo.model import fast_dtype, load_demo_model
-from gpo_fast.demo.run import ADAPTED
-from gpo_fast.experience import TrainingRow
-from gpo_fast.rollout import Request, RolloutEngine, SamplingParams
-from gpo_fast.training_batch import padded_batches
+from gpo_fast.demo.model import adapter, fast_dtype, load_demo_model
+from gpo_fast.demo.warmup import imitation_loss, sample_once
+from gpo_fast.rollout import RolloutEngine
+from gpo_fast.tree_attention import tree_attention_of
 
 WARMUP_SEED = 29
 LESSONS, CHECKS = 8192, 256  # problems to learn from, and to measure the solve rate on
+CHECK_EVERY = 5  # steps
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,6 @@ class Pupil:
     settings: dict[str, Any]  # of GPOConfig, for all algorithms
     dtype: Callable[[], torch.dtype] = lambda: torch.float32  # of training after the warm-up
     adapter: LoraConfig | None = None
-    warmup_check: int = 5  # steps between two measurements of the solve rate
 
 
 def tiny(task: Task) -> tuple[Any, Any]:
@@ -85,7 +83,6 @@ MODELS: dict[str, Pupil] = {
             "learning_rate": 1e-4,
             "warmup_steps": 5,
             "max_grad_norm": 1.0,
-            "bf16": False,
         },
     ),
     "smollm2": Pupil(
@@ -102,10 +99,9 @@ MODELS: dict[str, Pupil] = {
             "learning_rate": 4e-4,
             "warmup_steps": 3,
             "max_grad_norm": 0.3,
-            "bf16": fast_dtype() == torch.bfloat16,
         },
         dtype=fast_dtype,
-        adapter=LoraConfig(r=32, lora_alpha=64, target_modules=ADAPTED, lora_dropout=0.0),
+        adapter=adapter(),
     ),
 }
 
@@ -122,20 +118,21 @@ def warm_start(name: str, task: Task, start: float, folder: Path, max_steps: int
     pupil = MODELS[name]
     model, tokenizer = pupil.untaught(task)
     engine = RolloutEngine(model, tokenizer, kv_cache_memory=256 << 20, max_batch_size=128)
-    checks, lessons = task.rows(CHECKS, WARMUP_SEED - 1), task.rows(LESSONS, WARMUP_SEED)
+    checks = task.rows(CHECKS, WARMUP_SEED - 1)
+    lessons = [(row["prompt"], row["solution"]) for row in task.rows(LESSONS, WARMUP_SEED)]
     taught = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(taught, pupil.warmup_rate, weight_decay=0.0)
     rate = 0.0
     for step in range(max_steps):
-        if step % pupil.warmup_check == 0:
+        if step % CHECK_EVERY == 0:
             engine.update_weights()
-            rate = solve_rate(engine, tokenizer, checks, task.max_tokens, seed=step)
+            texts = sample_once(engine, tokenizer, [row["prompt"] for row in checks], task.max_tokens, seed=step)
+            rate = sum(solved(texts, [row["solution"] for row in checks])) / len(checks)
             if rate >= start:
                 break
         first = step * pupil.warmup_batch % len(lessons)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=pupil.dtype() == torch.bfloat16):
-            loss = imitate(model, tokenizer, lessons[first : first + pupil.warmup_batch])
-        loss.backward()
+        with tree_attention_of(model):
+            imitation_loss(model, tokenizer, lessons[first : first + pupil.warmup_batch], pupil.dtype()).backward()
         torch.nn.utils.clip_grad_norm_(taught, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -150,23 +147,3 @@ def warm_start(name: str, task: Task, start: float, folder: Path, max_steps: int
     else:
         own.rename(target)
     return target
-
-
-def solve_rate(engine: RolloutEngine, tokenizer: Any, problems: list[Row], max_tokens: int, seed: int) -> float:
-    """The share of problems that one sample at temperature 1 solves."""
-    sampling = SamplingParams(max_tokens=max_tokens)
-    prompts = [tokenizer(row["prompt"])["input_ids"] for row in problems]
-    found = engine.generate([Request(ids, 1, sampling, seed + number) for number, ids in enumerate(prompts)])
-    texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in found]
-    return sum(solved(texts, [row["solution"] for row in problems])) / len(problems)
-
-
-def imitate(model: Any, tokenizer: Any, rows: list[Row]) -> torch.Tensor:
-    """Mean negative log-probability of the solutions' tokens and the end token."""
-    lessons = []
-    for row in rows:
-        answer = [*tokenizer(row["solution"])["input_ids"], tokenizer.eos_token_id]
-        lessons.append(TrainingRow(tokenizer(row["prompt"])["input_ids"], answer, [], 1.0, "base"))
-    (batch,) = padded_batches(lessons, max_tokens=1 << 30)
-    logprobs = linear_logprob(batch.hidden(model.get_decoder()), model.get_output_embeddings().weight, batch.targets)
-    return -logprobs.mean()

@@ -25,11 +25,10 @@ from typing import Any
 import torch
 from gpo_fast.bench.common import ReadmeRow, Table, human, machine, peak_memory
 from gpo_fast.bench.rollout import load
-from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 
 from gpo_fast import _C, GPOConfig, GPOTrainer
-from gpo_fast.demo.run import ADAPTED
+from gpo_fast.demo.model import adapter
 from gpo_fast.demo.task import training
 from gpo_fast.losses import LossOutput
 from gpo_fast.objective import Totals
@@ -240,7 +239,7 @@ def our_trainer(
         args=GPOConfig(**_training_settings(size, folder, steps), **(shared | way.settings)),
         train_dataset=_prompts(),
         processing_class=tokenizer,
-        peft_config=_lora(),
+        peft_config=adapter(),
         callbacks=[clock],
     )
     if way.plain_engine:
@@ -270,7 +269,7 @@ def trl_trainer(model: Any, tokenizer: Any, size: Size, folder: Path, steps: int
         ),
         train_dataset=Dataset.from_list(_prompts()),
         processing_class=tokenizer,
-        peft_config=_lora(),
+        peft_config=adapter(),
         callbacks=[clock],
     )
 
@@ -291,10 +290,6 @@ def _training_settings(size: Size, folder: Path, steps: int) -> dict[str, Any]:
 
 def _prompts() -> list[dict[str, str]]:
     return [{"prompt": f"Explain step by step how to work out {row['prompt'].strip()} "} for row in training(256)]
-
-
-def _lora() -> LoraConfig:
-    return LoraConfig(r=32, lora_alpha=64, target_modules=ADAPTED, lora_dropout=0.0)
 
 
 def _endless_tokenizer() -> Any:

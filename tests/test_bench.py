@@ -15,6 +15,7 @@ from gpo_fast.bench import gpu, loop_gradient
 from gpo_fast.bench.common import mean_interval
 from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
 from gpo_fast.bench.loop_gradient import worth
+from gpo_fast.bench.loop_models import warm_start
 from gpo_fast.bench.loop_plane import EVEN, KINDS, SCHEMES, STEP_TOKENS, Prompt, World, progress
 from gpo_fast.bench.loop_price import FullVocabularyTrainer, PlainEngine, Size, StepClock, Way, our_trainer
 from gpo_fast.bench.loop_study import Study, readme_rows, studies
@@ -139,6 +140,14 @@ def test_the_readme_says_who_reaches_the_bases_end_in_half_its_time() -> None:
     assert not row.missed
     assert row.goal == "grpo's end in 50% of its time: `gpo`; **missed** by the others"
     assert readme_rows({"data": {"records": base + slow}})[0].missed
+
+
+def test_a_warm_up_that_does_not_get_there_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="solved after 6 steps of warm-up, not 90%"):
+        warm_start("tiny", Task("chain_sum", 2), 0.9, tmp_path, max_steps=6)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    ready = warm_start("tiny", Task("chain_sum", 2), 0.0, tmp_path)
+    assert warm_start("tiny", Task("chain_sum", 2), 0.0, tmp_path, max_steps=0) == ready  # found, not taught again
 
 
 @pytest.mark.parametrize("kind", KINDS)

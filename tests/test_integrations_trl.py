@@ -168,9 +168,10 @@ def test_rows_are_compared_with_the_optimal_baseline(tmp_path: Path, use_gpo: bo
         states = [slice(first, first + 4)]
         if first in searched:
             states = [slice(first + 2, first + 4)]
-            b = lower(searched[first].base_rewards, searched[first].base_sizes)
-            assert len(searched[first].base_sizes) == 4
-            assert searched[first].base_sizes[:2] == sizes[first : first + 2]
+            of_all = [gradient_size(logprobs, averaged=averaged) for logprobs in searched[first].base_logprobs]
+            b = lower(searched[first].base_rewards, of_all)
+            assert len(of_all) == 4
+            assert of_all[:2] == sizes[first : first + 2]
             expected = [reward - b for reward in rewards[first : first + 2]]
             assert output["advantages"][first : first + 2].tolist() == pytest.approx(expected, abs=1e-6)
         for rows in states:

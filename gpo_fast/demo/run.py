@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from peft import LoraConfig
 from rich.console import Console
 from transformers import TrainerCallback
 
 from gpo_fast.config import GPOConfig
-from gpo_fast.demo.model import fast_dtype, load_demo_model
+from gpo_fast.demo.model import adapter, fast_dtype, load_demo_model
 from gpo_fast.demo.task import TERMS, held_out, solved, training
 from gpo_fast.demo.warmup import warm_up
 from gpo_fast.display import TrainingDisplay
@@ -25,7 +24,6 @@ from gpo_fast.run_files import RunFiles, last_checkpoint
 from gpo_fast.trainer import GPOTrainer
 
 EVALUATION_SEED = 5
-ADAPTED = ["q_proj", "v_proj", "o_proj", "down_proj"]  # all linear layers cost a quarter more time
 
 
 class Size(NamedTuple):
@@ -137,7 +135,7 @@ def _train(
             args=_config(output, seed, use_gpo),
             train_dataset=training(2048, terms=size.terms),
             processing_class=tokenizer,
-            peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=ADAPTED, lora_dropout=0.0),
+            peft_config=adapter(),
             callbacks=[limit, progress],
             run_description={
                 "title": f"gpo-fast demo: {name} on chained sums",

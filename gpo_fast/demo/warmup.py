@@ -42,6 +42,7 @@ def warm_up(
     The embedding, which is the head as well, stays frozen. Returns the last solve rate that was measured.
     """
     rows = training(max_steps * BATCH_SIZE, WARMUP_SEED, terms)
+    lessons = [(row["prompt"], solution(row["metadata"]["expression"])) for row in rows]
     problems = training(96, CHECK_SEED, terms)
     model.get_input_embeddings().requires_grad_(False)
     optimizer = torch.optim.AdamW(
@@ -52,7 +53,7 @@ def warm_up(
     for step in range(1, max_steps + 1):
         model.train()
         with tree_attention_of(model):
-            loss = _loss(model, tokenizer, rows[(step - 1) * BATCH_SIZE : step * BATCH_SIZE])
+            loss = imitation_loss(model, tokenizer, lessons[(step - 1) * BATCH_SIZE : step * BATCH_SIZE], fast_dtype())
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -70,23 +71,36 @@ def warm_up(
 
 def _solve_rate(model: Any, tokenizer: Any, problems: Sequence[dict[str, Any]]) -> float:
     """The share of problems that one sample at temperature 1 solves."""
-    sampling = SamplingParams(max_tokens=MAX_NEW_TOKENS)
-    requests = [Request(tokenizer(row["prompt"])["input_ids"], 1, sampling, seed) for seed, row in enumerate(problems)]
     engine = RolloutEngine(model, tokenizer, max_batch_size=len(problems), kv_cache_memory=256 << 20)
-    texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in engine.generate(requests)]
+    texts = sample_once(engine, tokenizer, [row["prompt"] for row in problems], MAX_NEW_TOKENS)
     rewards = solved(texts, [row["answer"] for row in problems], [row["metadata"] for row in problems])
     return sum(rewards) / len(rewards)
 
 
-def _loss(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
-    """Mean negative log-probability of the solutions' tokens and the end token; the rows are packed, not padded."""
+def sample_once(
+    engine: RolloutEngine, tokenizer: Any, prompts: Sequence[str], max_tokens: int, seed: int = 0
+) -> list[str]:
+    """One completion of each prompt at temperature 1."""
+    sampling = SamplingParams(max_tokens=max_tokens)
+    requests = [Request(tokenizer(p)["input_ids"], 1, sampling, seed + number) for number, p in enumerate(prompts)]
+    return [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in engine.generate(requests)]
+
+
+def imitation_loss(model: Any, tokenizer: Any, lessons: Sequence[tuple[str, str]], dtype: torch.dtype) -> torch.Tensor:
+    """Mean negative log-probability of the solutions' tokens and the end token; the rows are packed, not padded.
+
+    Call it, and the backward pass, within `tree_attention_of(model)`.
+
+    Args:
+        lessons: prompts and solutions.
+        dtype: what autocast computes in.
+    """
     forest = TokenForest()
-    for row in rows:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        answer = [*tokenizer(solution(row["metadata"]["expression"]))["input_ids"], tokenizer.eos_token_id]
-        forest.branch(forest.add_prompt(prompt), len(prompt), answer)
+    for prompt, solved_by in lessons:
+        ids = tokenizer(prompt)["input_ids"]
+        forest.branch(forest.add_prompt(ids), len(ids), [*tokenizer(solved_by)["input_ids"], tokenizer.eos_token_id])
     packed = pack_forest(forest)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_dtype() == torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         hidden = model.get_decoder()(
             input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, tree=packed.tree
         ).last_hidden_state[0, packed.rows]

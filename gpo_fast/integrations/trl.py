@@ -150,12 +150,12 @@ class GPOConfig(GRPOConfig):
 
 
 class _Group(NamedTuple):
-    """A searched group: which of the batch's rows it holds, and what its advantages are compared with."""
+    """A group of the batch's rows, and what those of them from the prompt are compared with."""
 
     first: int  # index of its first row
     resets: int  # its last rows are rollouts from the critical step
     base_rewards: list[float]  # of all completions of the prompt, also of those whose rows were given away
-    base_sizes: list[float]  # of their gradients
+    base_logprobs: list[list[float]]  # of their tokens, as they were sampled
 
 
 class GPOTrainer(GRPOTrainer):
@@ -342,7 +342,7 @@ class GPOTrainer(GRPOTrainer):
         """
         width, resets = self.num_generations, self.args.num_resets
         scores = self._score(rows, range(len(rows))).reshape(-1, width)
-        sizes = [self._gradient_size(row) for row in rows]
+        logprobs = [row.sampling_logprobs for row in rows]
         chosen = choose_searches(scores, rows, self.args, self._finder(lambda found: [], 0))
         if len({i // width for i in chosen}) < len(chosen):
             raise ValueError(f"search chose {chosen}: under TRL at most one trajectory of a group of {width}")
@@ -355,7 +355,7 @@ class GPOTrainer(GRPOTrainer):
                 rows[row] = CriticalStepFinder.whole(trajectory, continuation)
                 at = len(trajectory.prompt_token_ids) + cut
                 self._nodes[row] = self._forest.branch(node, at, continuation.token_ids)
-            self._groups.append(_Group(group * width, resets, scores[group].tolist(), sizes[group * width : end]))
+            self._groups.append(_Group(group * width, resets, scores[group].tolist(), logprobs[group * width : end]))
         metrics = self._metrics["train"]
         metrics["gpo/searched_groups"].append(len(chosen) / max(1, len(scores)))
 
@@ -417,19 +417,19 @@ class GPOTrainer(GRPOTrainer):
         """
         advantages, width = output["advantages"], self.num_generations
         everyone, local = self._weighted_rewards(len(advantages))
-        sizes = [self._gradient_size(row, cut) for row, cut in zip(self._rows, self._kept(self._nodes))]
+        logprobs = [row.sampling_logprobs[cut:] for row, cut in zip(self._rows, self._kept(self._nodes))]
         groups = {group.first: group for group in self._groups}
         if self.args.baseline == "optimal":
             for first in range(0, len(advantages), width):
                 own = slice(first, first + width)
-                groups.setdefault(first, _Group(first, 0, local[own].tolist(), sizes[own]))
+                groups.setdefault(first, _Group(first, 0, local[own].tolist(), logprobs[own]))
         for group in groups.values():
             end = group.first + width
             cut = end - group.resets
             base, resets = slice(group.first, cut), slice(cut, end)
-            states = [(base, group.base_rewards, group.base_sizes)]
+            states = [(base, group.base_rewards, group.base_logprobs)]
             if group.resets:
-                states.append((resets, local[resets].tolist(), sizes[resets]))
+                states.append((resets, local[resets].tolist(), logprobs[resets]))
             for rows, rewards, of_rows in states:
                 compared = local.new_tensor(rewards)
                 centred = local[rows] - self._baseline(compared, of_rows)
@@ -442,17 +442,15 @@ class GPOTrainer(GRPOTrainer):
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(logged)
 
-    def _baseline(self, rewards: torch.Tensor, sizes: Sequence[float]) -> torch.Tensor:
-        """What rewards (n,) of one state are compared with; NaN rewards do not count."""
+    def _baseline(self, rewards: torch.Tensor, logprobs: Sequence[Sequence[float]]) -> torch.Tensor:
+        """What rewards (n,) of one state are compared with, given what was sampled there; NaN rewards do not count."""
         known = ~rewards.isnan()
         if self.args.baseline == "mean" or not known.any():
             return rewards.nanmean()
-        b = optimal_baseline(rewards[known].cpu().double().numpy()[None], np.asarray(sizes)[known.cpu().numpy()][None])
+        averaged = self.loss_type in AVERAGED_LOSSES
+        sizes = np.asarray([gradient_size(of_row, averaged=averaged) for of_row in logprobs])
+        b = optimal_baseline(rewards[known].cpu().double().numpy()[None], sizes[known.cpu().numpy()][None])
         return rewards.new_tensor(b.item())
-
-    def _gradient_size(self, row: Completion, kept: int = 0) -> float:
-        """Of a row whose first `kept` tokens are not trained on."""
-        return gradient_size(row.sampling_logprobs[kept:], averaged=self.loss_type in AVERAGED_LOSSES)
 
     def _weighted_rewards(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards of all processes' rows, and of this one's; NaN where no function applies, as in TRL."""

@@ -267,11 +267,6 @@ class GPOConfig(TrainingArguments):
         """Whether the loss needs the log-probabilities of a reference model."""
         return self.loss_type in ("dpo", "kto") if self.learns_from_pairs else self.beta > 0
 
-    @property
-    def uses_old_logprobs(self) -> bool:
-        """Whether rows may have been sampled by another policy than the one that is trained on them."""
-        return self.steps_per_generation > 1 or self.replay_size > 0
-
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles its arguments into every checkpoint, and checkpoints are shared: no secret may be in them.
         return {**self.__dict__, "hub_token": None}

@@ -23,7 +23,7 @@ class TrainingRow:
     kind: Literal["base", "reset", "search"]
     node: int | None = None
     reward: float = 0.0
-    old_logprobs: list[float] | None = None  # the trainer's, of the policy that sampled; None: the sampler's will do
+    old_logprobs: list[float] | None = None  # of the policy that sampled; None: it is the one that is trained
     truncated: bool = False  # it reached the longest length without an end
     token_advantages: list[float] | None = None  # a critic's, one for each token, in place of `advantage`
     values: list[float] | None = None  # the value head's, of the state before each token, as it was sampled
@@ -38,7 +38,7 @@ class TrainingRow:
 
     @property
     def old_logprobs_of_tokens(self) -> list[float]:
-        """Log-probabilities of the tokens under the policy that the loss's ratio compares with."""
+        """Log-probabilities of the tokens under the policy that sampled them: the sampler's where none are given."""
         return self.sampling_logprobs if self.old_logprobs is None else self.old_logprobs
 
     @property

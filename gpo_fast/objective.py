@@ -30,7 +30,7 @@ class Totals(NamedTuple):
 def policy_objective(
     batch: TrainingBatch, head: dict[str, Any], args: GPOConfig, totals: Totals, reference: Tensor | None
 ) -> LossOutput:
-    """The policy loss.
+    """The policy loss. Its ratio is to the policy that sampled a row, which is 1 for a batch of the present policy's.
 
     Args:
         head: `hidden`, `weight` and the options of the output head, as the losses take them.
@@ -43,7 +43,7 @@ def policy_objective(
         advantages=batch.advantages,
         sequence_ids=batch.sequence_ids,
         shared=batch.shared,
-        old_logprobs=batch.per_token("old_logprobs_of_tokens") if args.uses_old_logprobs else None,
+        old_logprobs=batch.per_token("old_logprobs_of_tokens") if batch.is_off_policy else None,
         ref_logprobs=reference,
         num_sequences=max(1, totals.sequences),
         num_tokens=max(1, totals.tokens),

@@ -30,7 +30,8 @@ class ReplayBuffer:
         """Keeps the rows that start at a critical step with a positive priority and have an advantage."""
         for row in rows:
             if row.kind != "base" and row.priority > 0 and row.has_advantage:
-                self.rows.append(replace(row, node=None))  # its forest is not kept
+                # Its forest is not kept.
+                self.rows.append(replace(row, node=None, old_logprobs=row.old_logprobs_of_tokens))
 
     def sample(self, count: int, rng: np.random.Generator) -> list[TrainingRow]:
         """At most `count` different rows, drawn in proportion to their priorities."""

@@ -52,7 +52,8 @@ from gpo_fast.training_batch import TrainingBatch, padded_batches, tree_batches
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 PAIR_METRICS = ("rewards_chosen", "rewards_rejected", "margin", "accuracy")  # means over pairs, all others over tokens
-KL_ROWS = 8  # rows on which the divergence from the reference is measured when it is not part of the loss
+# Rows on which the divergence from the reference is measured when it is not part of the loss: one in so many, at most.
+KL_SPACING, KL_ROWS = 16, 8
 
 
 class RepeatSampler(Sampler[int]):
@@ -195,7 +196,6 @@ class GPOTrainer(Trainer):
             self._update_engine()
             seed = (self.args.seed * 1_000_003 + step) * self.ranks.count + self.ranks.index
             experience = self._collect(inputs, seed)
-            self._pending = self._minibatches(experience.rows)
         self.on_phase("train")
         train_start = time.perf_counter()
         try:
@@ -381,28 +381,41 @@ class GPOTrainer(Trainer):
         self.engine.update_weights()
 
     def _collect(self, inputs: Any, seed: int) -> Experience:
-        """New experience, with a critic's advantages and with what is replayed."""
+        """New experience, with a critic's advantages and with what is replayed, as minibatches to be trained on."""
         experience = self.sampler.collect(inputs, seed, self.train_dataset)
         self._forest = experience.forest
         experience.metrics |= self._estimate_values(experience.rows)
-        if self.args.steps_per_generation > 1 and not self.args.learns_from_pairs:
-            self._compute_old_logprobs(experience.rows)
+        new = [row for row in experience.rows if row.kind != "base"]
         if self.replay is not None:
-            new = [row for row in experience.rows if row.kind != "base"]
             count = round(self.args.replay_ratio * len(new))
             replayed = self.replay.sample(count, np.random.default_rng([seed, 0x7265]))
             experience.rows += plant(replayed, experience.forest)
             experience.metrics["num_replayed"] = float(len(replayed))
+        self._pending = self._minibatches(experience.rows)
+        if self.args.steps_per_generation > 1 and not self.args.learns_from_pairs:
+            # The first is trained on with the weights that sampled it, but may be replayed with others.
+            self._compute_old_logprobs(self._pending[1:] if self.replay is None else self._pending)
+        if self.replay is not None:
             self.replay.add(new)
         return experience
 
-    def _compute_old_logprobs(self, rows: Sequence[TrainingRow]) -> None:
-        """By the forward pass that the updates will make, before the first of them: rounding then cancels in the ratio,
-        which the sampler's log-probabilities would not give in bfloat16."""
-        for batch in self._batches([row for row in rows if row.token_ids]):
-            logprobs = self._logprobs(batch, reference=False)
-            for row, own in zip(batch.rows, logprobs.split(batch.lengths)):
-                row.old_logprobs = own.tolist()
+    def _compute_old_logprobs(self, minibatches: Sequence[Sequence[TrainingRow]]) -> None:
+        """Gives the rows that will be trained on their log-probabilities under the present weights.
+
+        By the forward pass that the updates will make, before the first of them: rounding then cancels in the ratio,
+        which the sampler's log-probabilities would not give in bfloat16.
+        """
+        for rows in minibatches:
+            for batch in self._batches([row for row in self._useful(rows) if row.old_logprobs is None]):
+                logprobs = self._logprobs(batch, reference=False)
+                for row, own in zip(batch.rows, logprobs.split(batch.lengths)):
+                    row.old_logprobs = own.tolist()
+
+    def _useful(self, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+        """A row without advantage has no gradient unless it is held to the reference."""
+        args = self.args
+        every = args.learns_from_pairs or args.beta > 0 or args.loss_type == "awr"
+        return [row for row in rows if row.token_ids and (every or row.has_advantage)]
 
     def _minibatches(self, rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
         """Each of the `steps_per_generation` minibatches gets its share of the rows."""
@@ -413,10 +426,7 @@ class GPOTrainer(Trainer):
     def _update(self, model: Any, rows: Sequence[TrainingRow]) -> tuple[torch.Tensor, dict[str, float]]:
         """Forward and backward over the rows in microbatches; normalisers are those of all rows together."""
         model.train()
-        args = self.args
-        # A row without advantage has no gradient unless it is held to the reference.
-        every = args.learns_from_pairs or args.beta > 0 or args.loss_type == "awr"
-        useful = [r for r in rows if r.token_ids and (every or r.has_advantage)]
+        args, useful = self.args, self._useful(rows)
         totals = Totals(*self.ranks.sum(Totals.of(rows)))
         batches = self._batches(useful)
         references = self._references(batches)
@@ -434,7 +444,7 @@ class GPOTrainer(Trainer):
         total = total.new_tensor(self.ranks.sum([float(total)])[0])
         metrics["trained_rows"] = float(len(useful))
         if not args.uses_reference and self._is_peft and takes_part:
-            few = useful[:: max(1, len(useful) // KL_ROWS)][:KL_ROWS]
+            few = useful[:: max(KL_SPACING, len(useful) // KL_ROWS)][:KL_ROWS]
             metrics |= self._measured_kl(few, logprobs)
         return total, metrics
 

@@ -51,6 +51,11 @@ class TrainingBatch:
         return self.targets.new_tensor(flat, dtype=torch.float32)
 
     @property
+    def is_off_policy(self) -> bool:
+        """Whether another policy than the one that is trained sampled any of the rows."""
+        return any(row.old_logprobs is not None for row in self.rows)
+
+    @property
     def lengths(self) -> list[int]:
         """Loss tokens of each row."""
         return [len(row.token_ids) for row in self.rows]

@@ -72,7 +72,9 @@ def test_it_learns(tmp_path: Path, changes: dict) -> None:
 @pytest.mark.parametrize("loss_type", [loss for loss in LOSS_TYPES if loss != "cispo"])
 def test_the_loss_of_the_same_rows_falls(tmp_path: Path, loss_type: str) -> None:
     """Of new rollouts a policy loss is about 0 whatever the policy, so learning shows on rows that stay."""
-    run, experience = collected(tmp_path / "run", loss_type=loss_type, steps_per_generation=2, search="all")
+    run, experience = collected(tmp_path / "run", loss_type=loss_type, search="all")
+    for row in experience.rows:
+        row.old_logprobs = row.sampling_logprobs
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=1e-3)
     losses = []
     for _ in range(6):
@@ -322,7 +324,8 @@ def test_a_replayed_row_has_the_ratio_to_the_policy_that_sampled_it(tmp_path: Pa
     run = build(tmp_path / "run", replay_size=4, epsilon=0.5, epsilon_high=0.5)
     ids = torch.tensor([[5, 6, 7, 8]])
     own = run.model(ids).logits.log_softmax(-1)[0, 1:3].gather(-1, ids[0, 2:, None])[:, 0].detach()
-    moved = row(sampling_logprobs=(own - torch.tensor([0.1, -0.2])).tolist(), advantage=2.0)
+    run.replay.add([row(sampling_logprobs=(own - torch.tensor([0.1, -0.2])).tolist(), advantage=2.0)])
+    (moved,) = run.replay.sample(1, np.random.default_rng())
     run._forest = TokenForest()
     loss, metrics = run._update(run.model, [moved])
     ratio = torch.tensor([0.1, -0.2]).exp()

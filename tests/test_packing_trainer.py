@@ -72,15 +72,38 @@ def test_a_step_is_that_of_the_padded_batch(tmp_path: Path, changes: dict, toler
 
 
 def test_old_logprobs_are_those_of_the_packed_pass(tmp_path: Path) -> None:
+    rows, forest = sampled(tmp_path / "a", bf16=True)
     run = build(tmp_path / "run", steps_per_generation=2, bf16=True)
-    run._update_engine()
-    rows = run._collect(PROMPTS[:4], seed=3).rows
-    assert all(len(row.old_logprobs) == len(row.token_ids) for row in rows)
+    run._forest = forest
+    for place, row in enumerate(rows):
+        row.advantage = float(place > 0)
+    run._compute_old_logprobs([rows[:5], rows[5:]])
+    assert rows[0].old_logprobs is None  # it is not trained on
+    assert all(len(row.old_logprobs) == len(row.token_ids) for row in rows[1:])
     # Before the first update the ratio to them is one, rounding included; to the sampler's it is not.
-    batch = run._batches(rows)[0]
+    batch = run._batches(rows[5:])[0]
     trained = run._logprobs(batch, reference=False)
     off = {name: float((trained - batch.per_token(name)).abs().max()) for name in ("old_logprobs", "sampling_logprobs")}
     assert off["old_logprobs"] == 0 < off["sampling_logprobs"] < 0.1
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo"])
+@pytest.mark.parametrize("replay_size", [0, 8])
+def test_the_first_minibatch_is_of_the_policy_that_sampled_it(tmp_path: Path, loss_type: str, replay_size: int) -> None:
+    run = build(tmp_path / "run", steps_per_generation=2, loss_type=loss_type, replay_size=replay_size, search="all")
+    run._update_engine()
+    run._collect(PROMPTS, seed=3)
+    first, second = run._pending
+    assert any(row.has_advantage for row in first)
+    for row in [*first, *second]:
+        needed = row.has_advantage and (replay_size > 0 or row in second)  # any of them may be replayed
+        assert (row.old_logprobs is not None) == needed
+    loss, _, gradients = step_gradients(tmp_path / "a", first, run._forest, loss_type=loss_type)
+    for row in first:
+        row.old_logprobs = None if row.old_logprobs else row.sampling_logprobs  # the same in float32
+    same_loss, _, same = step_gradients(tmp_path / "b", first, run._forest, loss_type=loss_type)
+    assert loss == pytest.approx(same_loss, rel=1e-5, abs=1e-6)
+    assert distance(gradients, same) <= 1e-5
 
 
 def test_shared_tokens_are_in_the_batch_once(tmp_path: Path) -> None:

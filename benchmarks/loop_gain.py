@@ -28,6 +28,8 @@ from gpo_fast.run_files import read_records
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"use_gpo": False},
     "gpo": {"estimator": "racing", "reuse": "all"},
+    # GPOConfig's defaults, but for the criterion and the reuse.
+    "gpo-default": {"estimator": "racing", "reuse": "all", "search_budget": 0.25, "baseline": "optimal"},
     "gpo-uniform": {"estimator": "uniform", "reuse": "all"},
     # Of all schemes of loop_plane.py the one that gains most where success is rare.
     "gpo-proposal": {
@@ -39,7 +41,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     },
     "random": {"estimator": "random"},
     "grpo-optimal": {"use_gpo": False, "baseline": "optimal"},
-    "gpo-optimal": {"estimator": "proposal", "search": "worst", "reuse": "all", "baseline": "optimal"},
+    "gpo-optimal": {"estimator": "proposal", "search": "failed", "reuse": "all", "baseline": "optimal"},
     "dpo": {"loss_type": "dpo", "use_gpo": False},
     "gpo-dpo": {"loss_type": "dpo", "estimator": "racing"},
 }
@@ -156,6 +158,8 @@ def settings(trial: Trial, output: Path) -> GPOConfig:
         "num_samples": 4,
         "num_resets": 4,
         "criterion": "min",
+        "search_budget": None,
+        "baseline": "mean",
         "lr_scheduler_type": "constant_with_warmup",
         "weight_decay": 0.0,
     }

@@ -49,7 +49,7 @@ class Scheme:
 
     generations: int = 8
     step: str = ""  # "" (no resets), a search, "random" or "proposal"
-    every_group: bool = False  # also where all completions fail
+    groups: str = "mixed"  # that are reset: with mixed outcomes, those of which all failed, or every one
     resets: int = 8
     samples: int = 4
     optimal: bool = False  # the baseline that leaves the least noise, and what teaches next to nothing left out
@@ -63,14 +63,21 @@ SCHEMES = {
     "bisect": Scheme(step="bisect"),
     "random": Scheme(step="random"),
     "proposal": Scheme(step="proposal"),
-    "proposal, every group of 4": Scheme(4, "proposal", every_group=True),
+    "proposal, every group of 4": Scheme(4, "proposal", "every"),
     "optimal, 8": Scheme(optimal=True),
     "optimal, 4": Scheme(4, optimal=True),
     "random, optimal": Scheme(step="random", optimal=True),
-    "proposal, optimal": Scheme(4, "proposal", every_group=True, resets=4, optimal=True),
+    "every group, optimal": Scheme(4, "proposal", "every", resets=4, optimal=True),
+    "failed groups, optimal": Scheme(4, "proposal", "failed", resets=4, optimal=True),
 }
 REFERENCE = "GRPO, 8"
-SHOWN = ("GRPO, 4", "racing", "random", "optimal, 4", "proposal, optimal")  # in the README, of chains of SHOWN_STEPS
+SHOWN = (
+    "GRPO, 4",
+    "racing",
+    "random",
+    "optimal, 4",
+    "failed groups, optimal",
+)  # in the README, of chains of SHOWN_STEPS
 SHOWN_STEPS = 12
 
 
@@ -125,7 +132,8 @@ class Prompt:
         right = self._sample(0, scheme.generations)
         rewards = right.all(axis=1).astype(float)
         mixed = self._learn(0, right)
-        if scheme.step and (mixed or scheme.every_group):
+        wanted = {"mixed": mixed, "failed": not right.all(axis=1).any(), "every": True}[scheme.groups]
+        if scheme.step and wanted:
             worst = int(rewards.argmin())
             self._reset(right[worst], float(rewards[worst]), rewards)
 

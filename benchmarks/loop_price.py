@@ -228,6 +228,9 @@ def our_trainer(
         "num_samples": size.samples,
         "max_completion_length": size.tokens,
         "search": search_worst,  # in every group, mixed or not
+        "search_budget": None,
+        "loss_type": "grpo",
+        "baseline": "mean",  # GRPO as published, in all rows
         "criterion": "min",  # the step that lost the worst trajectory, as in the gain study
         "step_splitter": "tokens",
         "min_step_tokens": STEP_TOKENS,

@@ -26,7 +26,7 @@ COMPARED = (
     "evaluations",
     "problems",
     "clock",
-)  # equal where compared
+)
 GRID = 200  # points of a mean curve
 
 

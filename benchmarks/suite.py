@@ -23,7 +23,7 @@ class Benchmark:
 
     script: str
     text: str
-    options: tuple[str, ...] = ()
+    part: str | None = None  # of a script in parts: the one that runs if none is named
     device: bool = True
     dtypes: tuple[str, str] | None = None  # its names of bfloat16 and float32
 
@@ -36,7 +36,7 @@ SUITE: dict[str, Benchmark] = {
     "loss": Benchmark("loss.py", "Losses: time and memory, against plain torch, Liger and TRL."),
     "tree": Benchmark("tree_training.py", "Training shared tokens once, against padded rows.", dtypes=("bf16", "fp32")),
     "cache": Benchmark("prefix_cache.py", "The prefix cache, against others.", device=False),
-    "loop": Benchmark("loop.py", "An iteration's price, against plain GPO and TRL.", ("price",), device=False),
+    "loop": Benchmark("loop.py", "An iteration's price, against plain GPO and TRL; its gain.", "price", device=False),
 }
 
 
@@ -52,12 +52,13 @@ def command(name: str, options: list[str]) -> list[str]:
     from gpo_fast.demo.model import fast_dtype
 
     benchmark, given = SUITE[name], {option.partition("=")[0] for option in options}
-    chosen: list[str] = []
+    named = bool(options) and (options[0] == "--help" or not options[0].startswith("-"))
+    chosen = [] if named or benchmark.part is None else [benchmark.part]
     if benchmark.device and "--device" not in given:
         chosen += ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
     if benchmark.dtypes and "--dtype" not in given:
         chosen += ["--dtype", benchmark.dtypes[fast_dtype() == torch.float32]]
-    return [str(FOLDER / benchmark.script), *benchmark.options, *chosen, *options]
+    return [str(FOLDER / benchmark.script), *chosen, *options]
 
 
 def run_all(folder: Path, quick: bool) -> dict[str, int]:

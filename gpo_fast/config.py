@@ -71,7 +71,7 @@ class GPOConfig(TrainingArguments):
     logging_steps: float = option(1, "Log every so many steps.")
     use_gpo: bool = option(True, "Search critical steps and learn from resets; False trains the base algorithm.")
     loss_type: str = option(
-        "grpo",
+        "dapo",
         f"Base algorithm's loss: one of {', '.join(LOSS_TYPES)}. With {', '.join(PREFERENCE_LOSSES)} each iteration "
         "pairs completions of one state, the prompt or a critical one, and trains on the pairs.",
     )
@@ -99,11 +99,15 @@ class GPOConfig(TrainingArguments):
     num_resets: int = option(4, "Rollouts from each critical step to train on.")
     search: Any = option(
         "mixed",
-        "Searched: the worst trajectory of each group with mixed outcomes (mixed) or of every group (worst), all "
-        "trajectories (all), or a module's function.",
+        "Searched: the worst trajectory of each group with mixed outcomes (mixed), of each that failed as a whole "
+        "(failed) or of every group (worst), all trajectories (all), or a module's function.",
     )
     max_searches: int | None = option(None, "At most so many trajectories are searched per iteration.")
-    search_budget: float | None = option(None, "Most tokens of all searches, as a share of the base rollouts'.")
+    search_budget: float | None = option(
+        0.25,
+        "Most tokens of all searches, as a share of the base rollouts'; above 0 one trajectory is searched whatever it "
+        "takes. None: no bound.",
+    )
     reuse: str = option(
         "none",
         "The search's samples that are the first of a step's resets: none, split or all. Unless none, a critical step "
@@ -133,9 +137,10 @@ class GPOConfig(TrainingArguments):
     )
     awr_beta: float = option(1.0, "Temperature of awr: a token weighs exp(advantage / awr_beta).")
     baseline: str = option(
-        "mean",
-        "What a group's rewards are compared with: their mean, or the baseline that leaves the gradient the least "
-        "noise (optimal), with which completions that teach next to nothing are not trained on.",
+        None,
+        "What a group's rewards are compared with: their mean, as published, or the baseline that leaves the gradient "
+        "the least noise (optimal), with which completions that teach next to nothing are not trained on. If not set, "
+        "optimal where it can be: with critic group and a loss other than awr, rloo and preference losses.",
     )
     critic: str = option(
         "group",
@@ -184,10 +189,9 @@ class GPOConfig(TrainingArguments):
         if not callable(self.step_splitter):
             one_of("step_splitter", self.step_splitter, METHODS)
         if not callable(self.search):
-            one_of("search", self.search, ("mixed", "worst", "all"))
+            one_of("search", self.search, ("mixed", "failed", "worst", "all"))
         if self.proposal is not None and not callable(self.proposal):
             one_of("proposal", self.proposal, PROPOSALS)
-        one_of("baseline", self.baseline, BASELINES)
         one_of("packing", self.packing, ("tree", "padded"))
         for name, low in _LOWEST.items():
             value = getattr(self, name)
@@ -225,6 +229,10 @@ class GPOConfig(TrainingArguments):
         if self.scale_rewards is None:
             self.scale_rewards = self.loss_type not in UNSCALED
         one_of("critic", self.critic, CRITICS)
+        least_noise = self.critic == "group" and not self.learns_from_pairs and self.loss_type not in ("awr", "rloo")
+        if self.baseline is None:
+            self.baseline = "optimal" if least_noise else "mean"
+        one_of("baseline", self.baseline, BASELINES)
         if self.learns_from_pairs and not self.beta > 0:
             raise ValueError(f"beta of {self.loss_type} must be above 0, got {self.beta}")
         if self.critic != "group" and (self.learns_from_pairs or self.loss_type == "rloo"):
@@ -232,9 +240,7 @@ class GPOConfig(TrainingArguments):
                 f"critic={self.critic!r} gives an advantage to each token, and {self.loss_type} has none: set "
                 "critic='group'"
             )
-        if self.baseline == "optimal" and (
-            self.critic != "group" or self.learns_from_pairs or self.loss_type in ("awr", "rloo")
-        ):
+        if self.baseline == "optimal" and not least_noise:
             raise ValueError(
                 "baseline='optimal' is of a group's rewards: it needs critic='group' and a loss other than awr, rloo, "
                 f"{', '.join(PREFERENCE_LOSSES)}; got critic={self.critic!r}, loss_type={self.loss_type!r}"

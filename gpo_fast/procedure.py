@@ -440,10 +440,10 @@ def choose_searches(
     if config.search_budget is None:
         return chosen
     left = config.search_budget * sum(len(c.token_ids) for c in completions)
-    affordable = []
+    affordable: list[int] = []
     for i in chosen:
         left -= finder.most_tokens(completions[i])
-        if left < 0:
+        if left < 0 and (affordable or config.search_budget == 0):
             break
         affordable.append(i)
     return affordable
@@ -460,6 +460,17 @@ def search_worst(rewards: np.ndarray) -> list[int]:
     return [group * rewards.shape[1] + int(worst) for group, worst in enumerate(rewards.argmin(axis=1))]
 
 
+def search_failed(rewards: np.ndarray) -> list[int]:
+    """A trajectory of each group that failed as a whole: all have one reward, and another group has a better one.
+
+    Such a group teaches nothing by itself, and its rollouts from a later state may. Where no rewards differ at all,
+    it cannot be told whether they are good or bad, and every group is searched.
+    """
+    worst, alike = search_worst(rewards), ~mixed_groups(rewards)
+    failed = alike & (rewards[:, 0] < rewards.max())
+    return [worst[group] for group in np.flatnonzero(failed if np.ptp(rewards) > 0 else alike)]
+
+
 def search_all(rewards: np.ndarray) -> list[int]:
     """Every trajectory."""
     return list(range(rewards.size))
@@ -467,4 +478,7 @@ def search_all(rewards: np.ndarray) -> list[int]:
 
 def _search_rule(search: Any) -> Callable[[np.ndarray], Sequence[int]]:
     """The rule of a name, or the function itself: rewards (groups, n) -> places of trajectories, row by row."""
-    return search if callable(search) else {"mixed": search_mixed, "worst": search_worst, "all": search_all}[search]
+    return search if callable(search) else SEARCH_RULES[search]
+
+
+SEARCH_RULES = {"mixed": search_mixed, "failed": search_failed, "worst": search_worst, "all": search_all}

@@ -44,6 +44,7 @@ def trainer(folder: Path, reward, lora: bool = False, tied: bool = False, **chan
         "per_device_train_batch_size": 4 // COUNT,
         "num_generations": 4,
         "num_resets": 4,
+        "search_budget": None,
         "max_completion_length": 8,
         "max_steps": 4,
         "save_strategy": "no",

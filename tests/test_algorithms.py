@@ -244,7 +244,7 @@ def test_the_value_head_explains_what_the_prompt_decides(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "rloo", "ppo", "dapo"])
 def test_advantages_are_those_of_the_loss(tmp_path: Path, loss_type: str) -> None:
-    _, experience = collected(tmp_path / "run", loss_type=loss_type)
+    _, experience = collected(tmp_path / "run", loss_type=loss_type, baseline="mean")
     for start in range(0, 16, 4):
         group = experience.rows[start : start + 4]
         rewards = np.array([row.reward for row in group])
@@ -377,6 +377,8 @@ def test_what_the_loss_decides(tmp_path: Path) -> None:
     assert (options().beta, options(loss_type="simpo").beta, options(loss_type="dpo").beta) == (0.0, 2.0, 0.1)
     assert [options(loss_type=loss).scale_rewards for loss in ("grpo", "dr_grpo", "rloo")] == [True, False, False]
     assert options(loss_type="dr_grpo", scale_rewards=True).scale_rewards
+    assert [options(loss_type=loss).baseline for loss in ("dapo", "rloo", "awr", "kto")] == ["optimal", *["mean"] * 3]
+    assert options(critic="value_head").baseline == options(baseline="mean").baseline == "mean"
     assert options(loss_type="dpo").uses_reference
     assert not options(loss_type="orpo").uses_reference
 

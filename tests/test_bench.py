@@ -246,6 +246,9 @@ def test_the_command_line_finds_every_script_and_suits_the_machine() -> None:
     assert all(name in shown for name in (*SUITE, "all", "compare", "readme"))
     for name in SUITE:
         assert Path(command(name, [])[0]).is_file()
+    for options in (["gain", "--quick"], ["price", "--quick"], ["--help"]):
+        assert command("loop", options)[1:] == options
+    assert command("loop", ["--quick"])[1:] == ["price", "--quick"]
     assert command("rollout", ["--dtype=float32", "--quick"])[-2:] == ["--dtype=float32", "--quick"]
     assert command("tree", []).count("--dtype") == 1
     assert command("tree", ["--dtype", "fp32"]).count("--dtype") == 1

@@ -40,11 +40,11 @@ def test_a_saved_model_has_a_card_that_cites_the_paper(tmp_path: Path, adapter: 
         card = ModelCard.load(folder / "README.md")
         assert "https://arxiv.org/abs/2509.16456" in card.text
         assert "GPO: Learning from Critical Steps" in card.text
-        assert "https://arxiv.org/abs/2402.03300" in card.text, "the base algorithm's paper"
+        assert "https://arxiv.org/abs/2503.14476" in card.text, "the base algorithm's paper"
         assert "| `criterion` | `min` |" in card.text
         assert "hf_secret" not in card.content
         assert str(tmp_path) not in card.content
-        assert {"gpo-fast", "gpo", "grpo"} <= set(card.data.tags)
+        assert {"gpo-fast", "gpo", "dapo"} <= set(card.data.tags)
         assert card.data.library_name == ("peft" if adapter else "transformers")
     assert card.data.license == "apache-2.0"
     assert card.text.strip().startswith("# mine\n")

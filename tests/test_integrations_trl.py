@@ -75,7 +75,9 @@ def gpo(folder: Path, model=None, rewards=digits, trainer=None, **changes) -> GP
     return GPOTrainer(
         model if model is not None else policy(),
         rewards,
-        args=GPOConfig(**options(folder, **{"num_samples": 2, "step_splitter": "tokens", **changes})),
+        args=GPOConfig(
+            **options(folder, **{"num_samples": 2, "step_splitter": "tokens", "search_budget": None, **changes})
+        ),
         train_dataset=dataset(),
         processing_class=tiny.tokenizer(),
         **(trainer or {}),
@@ -302,6 +304,7 @@ def test_tree_packing_gives_the_loss_and_gradients_of_the_padded_rows(
         {"estimator": "bisect", "criterion": "min", "proposal": "entropy"},
         {"estimator": "random", "search": lambda rewards: [int(rewards[0].argmin())]},
         {"estimator": "proposal", "search": "worst"},
+        {"estimator": "proposal", "search": "failed"},
         {"estimator": "uniform", "reuse": "all", "num_samples": 2},
         {"search_budget": 1e-9},
     ],
@@ -316,7 +319,8 @@ def test_every_search_fills_the_rows(tmp_path: Path, changes: dict, packing: str
     run._log_search = lambda steps: (found.extend(steps), log(steps))
     run._from_critical_steps = lambda *a: drawn.extend(zip([a[0][i] for i in a[1]], result := draw(*a))) or result
     run.train()
-    expected = 0 if "search_budget" in changes else 1 if callable(changes.get("search")) else 2
+    one = "search_budget" in changes or callable(changes.get("search"))
+    expected = 0 if changes.get("search") == "failed" else 1 if one else 2
     assert len(run._groups) == len(found) == len(drawn) == expected
     reused = [step.reusable[:2] for step in found]
     assert any(reused) == ("reuse" in changes)
@@ -339,7 +343,7 @@ def test_options_of_our_own_trainer_have_the_same_name_and_default() -> None:
     assert set(ours) - set(native) == {"reset_share", "racing_delta", "use_rollout_engine", "use_fused_head"}
     assert native["delta"] == ours["racing_delta"]
     different = {name for name in set(ours) & set(native) if ours[name] != native[name]}
-    assert different == {"packing"}, "tree packing is asked for under TRL"
+    assert different == {"packing", "baseline"}, "tree packing and another baseline are asked for under TRL"
 
 
 def test_the_fused_head_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +412,7 @@ def test_adapters_conversations_async_rewards_and_checkpoints(tmp_path: Path) ->
         ({"multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize"),
         ({"estimator": "bisect"}, "needs criterion='min'"),
         ({"estimator": "races"}, "estimator must be one of"),
-        ({"search": "all"}, "search must be one of mixed, worst, got 'all'"),
+        ({"search": "all"}, "search must be one of mixed, failed, worst, got 'all'"),
         ({"baseline": "median"}, "baseline must be one of mean, optimal, got 'median'"),
         ({"baseline": "optimal", "use_gpo": False, "use_rollout_engine": False}, "'optimal' needs use_rollout_engine"),
         ({"baseline": "optimal", "use_gpo": False, "repetition_penalty": 1.1}, "records, and it cannot sample with"),

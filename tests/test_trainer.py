@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,7 +14,7 @@ from peft import LoraConfig
 
 from gpo_fast import GPOConfig, GPOTrainer
 from gpo_fast.config import load_config
-from gpo_fast.procedure import GuidedSampler, TrainingRow
+from gpo_fast.procedure import SEARCH_RULES, GuidedSampler, TrainingRow, search_failed
 from gpo_fast.report import write_report
 from gpo_fast.run_files import COMPLETE_MARK, RunFiles, last_checkpoint, read_records
 from gpo_fast.steps import METHODS
@@ -33,6 +34,7 @@ def config(folder: Path, **changes) -> GPOConfig:
         "max_completion_length": 12,
         "num_samples": 2,
         "num_resets": 2,
+        "search_budget": None,
         "learning_rate": 3e-2,
         "lr_scheduler_type": "constant",
         "max_steps": 6,
@@ -110,19 +112,29 @@ def test_the_search_is_chosen_by_a_rule_and_a_budget(tmp_path: Path) -> None:
     assert record["num_searches"] == 4
     assert record["search_rollouts_saved"] == 0
     assert record["num_reused"] <= 4
-    for budget in (0.0, 0.4):
+    for budget in (0.0, 1e-9, 0.4):
         sampler = GuidedSampler(run.engine, run.rewards, config(tmp_path, search="all", search_budget=budget), 64)
         metrics = sampler.collect(PROMPTS[:2], seed=1).metrics
         # A continuation is expected to be as long as what the trajectory had left; few are longer here.
-        assert metrics["num_search_tokens"] <= budget * metrics["num_tokens"]
+        assert metrics["num_search_tokens"] <= budget * metrics["num_tokens"] or metrics["num_searches"] == 1
+        assert metrics["num_searches"] > 0 or budget == 0
         assert metrics["num_searches"] < 8
     with pytest.raises(ValueError, match="only the trajectories 0 to 7"):
         GuidedSampler(run.engine, run.rewards, config(tmp_path, search=lambda r: [8]), 64).collect(PROMPTS[:2], seed=1)
 
 
+def test_which_trajectories_a_rule_takes() -> None:
+    rewards = np.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.5, 0.5], [1.0, 0.5]])
+    expected = {"mixed": [2, 9], "failed": [4, 6], "worst": [0, 2, 4, 6, 9], "all": list(range(10))}
+    assert {name: rule(rewards) for name, rule in SEARCH_RULES.items()} == expected
+    # Where no rewards differ, they may be the best ones or the worst.
+    assert search_failed(np.zeros((2, 2))) == search_failed(np.ones((2, 2))) == [0, 2]
+    assert search_failed(np.array([[0.0, 1.0], [1.0, 1.0]])) == []
+
+
 def test_the_update_is_that_of_plain_grpo(tmp_path: Path) -> None:
     model = tiny.model()
-    run = trainer(tmp_path / "run", model=model, max_tokens_per_microbatch=20)
+    run = trainer(tmp_path / "run", model=model, loss_type="grpo", max_tokens_per_microbatch=20)
     rows = [
         TrainingRow([5, 6, 7], [8, 9], [0.0, 0.0], 1.5, "base"),
         TrainingRow([5, 6], [8, 10, 11, 12], [0.0] * 4, -0.5, "reset"),

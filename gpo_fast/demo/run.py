@@ -177,13 +177,10 @@ def _config(output: Path, seed: int, use_gpo: bool) -> GPOConfig:
         output_dir=str(output),
         seed=seed,
         use_gpo=use_gpo,
-        per_device_train_batch_size=12,
-        # Few base rollouts and many resets: from a critical step about half of the rollouts succeed, and they are
-        # short, so a token sampled there says more about what to do than one of a whole trajectory.
-        num_generations=4 if use_gpo else 8,
-        num_resets=16,
+        baseline="optimal" if use_gpo else "mean",  # plain GRPO is the published one
+        per_device_train_batch_size=24,
+        num_generations=4,
         max_completion_length=48,
-        num_samples=4,
         criterion="min",
         reuse="all",
         steps_per_generation=2,

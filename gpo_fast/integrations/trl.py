@@ -65,8 +65,9 @@ class GPOConfig(GRPOConfig):
     reset: str = _ours("reset")
     search: Any = option(
         "mixed",
-        "Searched: the worst trajectory of each group with mixed outcomes (mixed) or of every group (worst), or a "
-        "function that takes the rewards (groups, n) and gives places, at most one in each group.",
+        "Searched: the worst trajectory of each group with mixed outcomes (mixed), of each that failed as a whole "
+        "(failed) or of every group (worst), or a function that takes the rewards (groups, n) and gives places, at "
+        "most one in each group.",
     )
     max_searches: int | None = option(None, "At most so many trajectories are searched per batch and process.")
     search_budget: float | None = _ours("search_budget")
@@ -109,7 +110,7 @@ class GPOConfig(GRPOConfig):
         self._check_groups("use_gpo")
         check_options(self.num_samples, self.criterion, self.estimator, self.reset, self.reuse, self.racing_delta)
         if not callable(self.search):
-            one_of("search", self.search, ("mixed", "worst"))
+            one_of("search", self.search, ("mixed", "failed", "worst"))
         if self.num_resets < 2:
             raise ValueError(
                 f"reset_share={self.reset_share} of num_generations={self.num_generations} rows is {self.num_resets}, "

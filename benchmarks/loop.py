@@ -42,7 +42,9 @@ def main() -> None:
     gain.add_argument("--tasks", nargs="+", default=["chain_sum", "basic_arithmetic"])
     gain.add_argument("--steps", type=int, default=6, help="length of a solution in lines")
     gain.add_argument("--start", type=float, default=0.3, help="solve rate at which the warm-up ends")
-    gain.add_argument("--algorithms", nargs="+", default=["grpo", "gpo", "random", "grpo-optimal", "gpo-optimal"])
+    gain.add_argument(
+        "--algorithms", nargs="+", default=["grpo", "gpo", "random", "gpo-default", "grpo-optimal", "gpo-optimal"]
+    )
     gain.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     gain.add_argument("--seconds", type=float, default=60.0, help="training time of each run")
     gain.add_argument("--learning-rate", type=float, help="by default the model's, tuned for GRPO")

@@ -71,13 +71,8 @@ SCHEMES = {
     "failed groups, optimal": Scheme(4, "proposal", "failed", resets=4, optimal=True),
 }
 REFERENCE = "GRPO, 8"
-SHOWN = (
-    "GRPO, 4",
-    "racing",
-    "random",
-    "optimal, 4",
-    "failed groups, optimal",
-)  # in the README, of chains of SHOWN_STEPS
+# In the README, of chains of SHOWN_STEPS.
+SHOWN = ("GRPO, 4", "racing", "random", "optimal, 4", "failed groups, optimal")
 SHOWN_STEPS = 12
 
 
@@ -132,7 +127,7 @@ class Prompt:
         right = self._sample(0, scheme.generations)
         rewards = right.all(axis=1).astype(float)
         mixed = self._learn(0, right)
-        wanted = {"mixed": mixed, "failed": not right.all(axis=1).any(), "every": True}[scheme.groups]
+        wanted = {"mixed": mixed, "failed": not rewards.any(), "every": True}[scheme.groups]
         if scheme.step and wanted:
             worst = int(rewards.argmin())
             self._reset(right[worst], float(rewards[worst]), rewards)

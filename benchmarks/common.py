@@ -191,13 +191,14 @@ class Table:
 
 
 class ReadmeRow(NamedTuple):
-    """A row of the README's table of measured numbers."""
+    """A row of the table of measured numbers in the documentation, and perhaps, in short, of the README's."""
 
     what: str
     command: str
     result: str
     goal: str = ""  # empty: there is none
     missed: bool = False
+    brief: tuple[str, str] | None = None  # what and result for the README; None: it has the row only if it is missed
 
 
 def floors(device: str = "cpu") -> dict[str, float]:

@@ -371,7 +371,7 @@ def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
         slow, fast = (named[way] for way in pair.split(" over "))
         text = f"search of {what}: {fast}, against {slow}"
         missed = float(ratio.split()[0]) < float(goal.split()[0])
-        rows.append(ReadmeRow(text, command, f"{ratio} as fast", goal, missed))
+        rows.append(ReadmeRow(text, command, f"{ratio} as fast", goal, missed, (text, f"{ratio} as fast")))
     return rows
 
 

@@ -24,26 +24,20 @@ from gpo_fast import GPOConfig, GPOTrainer
 from gpo_fast.cli import parse_overrides
 from gpo_fast.run_files import read_records
 
+BUDGET = GPOConfig.search_budget  # the default
 # What an algorithm changes in the settings that all share.
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": {"use_gpo": False},
     "gpo": {"estimator": "racing", "reuse": "all"},
     # GPOConfig's defaults, but for the criterion and the reuse.
-    "gpo-default": {"estimator": "racing", "reuse": "all", "search_budget": 0.25, "baseline": "optimal"},
+    "gpo-default": {"estimator": "racing", "reuse": "all", "search_budget": BUDGET, "baseline": "optimal"},
     "gpo-uniform": {"estimator": "uniform", "reuse": "all"},
-    # Of all schemes of loop_plane.py the one that gains most where success is rare.
-    "gpo-proposal": {
-        "estimator": "proposal",
-        "search": "worst",
-        "reuse": "all",
-        "num_generations": 4,
-        "num_resets": 8,
-    },
     "random": {"estimator": "random"},
     "grpo-optimal": {"use_gpo": False, "baseline": "optimal"},
     "gpo-optimal": {"estimator": "proposal", "search": "failed", "reuse": "all", "baseline": "optimal"},
     "dpo": {"loss_type": "dpo", "use_gpo": False},
-    "gpo-dpo": {"loss_type": "dpo", "estimator": "racing"},
+    "gpo-dpo": {"loss_type": "dpo", "estimator": "racing", "reuse": "all", "search_budget": BUDGET},
+    "gpo-dpo-failed": {"loss_type": "dpo", "estimator": "proposal", "search": "failed", "reuse": "all"},
 }
 TRAIN_SEED, HELD_OUT_SEED = 11, 7_000_003
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,11 +29,18 @@ COMPARED = (
     "clock",
 )
 GRID = 200  # points of a mean curve
+# In the README's picture, as patterns of the names, and what they are.
+SHOWN = {
+    "grpo": "GRPO",
+    "gpo-default": "GPO as it comes",
+    "gpo-default:num_generations=4": "GPO, 4 completions",
+    "grpo-optimal(:num_generations=4)?": "GRPO, our baseline, 4 completions",
+}
 
 
 def base_of(algorithm: str) -> str:
     """What an algorithm is compared with: it, without GPO."""
-    return "dpo" if algorithm.partition(":")[0].endswith("dpo") else "grpo"
+    return "dpo" if "dpo" in algorithm.partition(":")[0] else "grpo"
 
 
 class Study:
@@ -115,35 +123,56 @@ def studies(records: Iterable[Record]) -> list[Study]:
 
 def plot(all_studies: Sequence[Study], path: Path) -> None:
     """A row for each study, a column for each axis; the band is the 95 % interval of the mean over seeds."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import EngFormatter
-
+    figure = Figure((4.2 * len(AXES), 3.2 * len(all_studies)))
+    cells = figure.subplots(len(all_studies), len(AXES), squeeze=False, sharey="row")
     names = dict.fromkeys(name for study in all_studies for name in study.by_algorithm)
     colours = {name: f"C{number}" for number, name in enumerate(names)}
-    size = (4.2 * len(AXES), 3.2 * len(all_studies))
-    figure, cells = pyplot.subplots(len(all_studies), len(AXES), figsize=size, squeeze=False, sharey="row")
     for row, study in zip(cells, all_studies):
-        for cell, (axis, label) in zip(row, AXES.items()):
+        for cell, axis in zip(row, AXES):
             for algorithm in study.by_algorithm:
-                grid, curve = study.mean_curve(algorithm, axis)
-                cell.plot(grid, curve, color=colours[algorithm], label=algorithm)
-                intervals = [mean_interval(study.accuracy(algorithm, axis, at)) for at in grid]
-                low, high = [i.low for i in intervals], [i.high for i in intervals]
-                cell.fill_between(grid, low, high, color=colours[algorithm], alpha=0.1, linewidth=0)
-            cell.set_xlabel(label)
-            if axis == "tokens":
-                cell.xaxis.set_major_formatter(EngFormatter(sep=""))
-            cell.grid(alpha=0.3)
-        row[0].set_ylabel("held-out accuracy")
+                _draw(cell, study, algorithm, axis, colours[algorithm])
         row[0].set_title(study.title, loc="left", fontsize=9)
+        row[0].set_ylabel("held-out accuracy")
         row[0].legend(fontsize=6)
+    _save(figure, path)
+
+
+def plot_time(all_studies: Sequence[Study], path: Path) -> None:
+    """The README's picture: accuracy over time, a panel for each study, of the algorithms SHOWN."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((3.6 * len(all_studies), 3.2))
+    (cells,) = figure.subplots(1, len(all_studies), squeeze=False)
+    for cell, study in zip(cells, all_studies):
+        for colour, (pattern, label) in enumerate(SHOWN.items()):
+            found = [name for name in study.by_algorithm if re.fullmatch(pattern, name)]
+            if found:
+                _draw(cell, study, found[-1], "seconds", f"C{colour}", label)
+        cell.set_title(f"{study.model.label}\n{study.task.label}", loc="left", fontsize=9)
+    cells[0].set_ylabel("held-out accuracy")
+    cells[min(1, len(cells) - 1)].legend(fontsize=7, loc="lower right")
+    _save(figure, path)
+
+
+def _draw(cell: Any, study: Study, algorithm: str, axis: str, colour: str, label: str | None = None) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    grid, curve = study.mean_curve(algorithm, axis)
+    cell.plot(grid, curve, color=colour, label=label or algorithm)
+    intervals = [mean_interval(study.accuracy(algorithm, axis, at)) for at in grid]
+    cell.fill_between(grid, [i.low for i in intervals], [i.high for i in intervals], color=colour, alpha=0.1, lw=0)
+    cell.set_xlabel(AXES[axis])
+    if axis == "tokens":
+        cell.xaxis.set_major_formatter(EngFormatter(sep=""))
+    cell.grid(alpha=0.3)
+
+
+def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
@@ -159,20 +188,24 @@ def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
 
 def _readme_row(study: Study, base: str, others: Sequence[str]) -> ReadmeRow:
     seeds = min(len(study.by_algorithm[name]) for name in (base, *others))
-    texts, passed = [f"`{base}` {_percent(mean_interval(study.final(base)))}"], []
+    full, short, passed = [f"`{base}` {_percent(mean_interval(study.final(base)))}"], [], []
     for name in others:
         reached = study.time_to_base(name)
         time = "not reached" if reached is None else f"{reached:.0%}"
-        texts.append(f"`{name}` {np.mean(study.final(name)):.1%}, {_percent(study.gain(name), signed=True)}, {time}")
+        mean = f"`{name}` {np.mean(study.final(name)):.1%}"
+        full.append(f"{mean}, {_percent(study.gain(name), signed=True)}, {time}")
+        short.append(mean if reached is None else f"{mean}, {time}")
         if reached is not None and reached <= GOAL:
             passed.append(f"`{name}`")
     goal = f"{base}'s end in {GOAL:.0%} of its time"
+    setting = f"{study.model.label}, {study.task.label}, {study.start:.0%} at the start, {study.seconds:g} s"
     return ReadmeRow(
         f"{study.title}, at least {seeds} seeds: held-out accuracy, less {base}'s at equal time, {base}'s end after",
         "loop.py gain",
-        "; ".join(texts),
+        "; ".join(full),
         f"{goal}: {', '.join(passed)}; **missed** by the others" if passed else goal,
         not passed,
+        (f"{setting}: accuracy, {base}'s end after", "; ".join([f"`{base}` {np.mean(study.final(base)):.1%}", *short])),
     )
 
 

@@ -322,10 +322,10 @@ def title(run: dict[str, Any]) -> str:
 
 def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
     """A row of the README for each row measured."""
-    return [_readme_row(run) for run in result["runs"]]
+    return [_readme_row(run, result["machine"]["cpu"]) for run in result["runs"]]
 
 
-def _readme_row(run: dict[str, Any]) -> ReadmeRow:
+def _readme_row(run: dict[str, Any], cpu: str) -> ReadmeRow:
     middles = {peer: medians(runs) for peer, runs in run["results"].items()}
     ours, plain = middles.pop("gpo-fast"), middles.pop("plain torch")
     if ours is None or plain is None:
@@ -342,7 +342,10 @@ def _readme_row(run: dict[str, Any]) -> ReadmeRow:
     goal = f"{most:.2f} x, {MOST_MEMORY:.0%}, ahead of all"
     if "F.linear_cross_entropy" in run["results"]:
         goal += f", {LEAST_SPEED['F.linear_cross_entropy']:.0f} x `F.linear_cross_entropy`"
-    return ReadmeRow(title(run), f"loss.py --only {run['row']}", "; ".join([text, *others]), goal, missed)
+    result = "; ".join([text, *others])
+    what = title(run).removesuffix("cpu") + cpu if run["device"] == "cpu" else title(run)
+    brief = (what, result) if tuple(run["shape"]) == SHAPES[run["device"]][0] else None
+    return ReadmeRow(what, f"loss.py --only {run['row']}", result, goal, missed, brief)
 
 
 if __name__ == "__main__":

@@ -278,11 +278,9 @@ def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
     rows = []
     for name, goal in TARGETS.items():
         median = result["data"]["latencies"][name]["median"]
-        rows.append(
-            ReadmeRow(
-                f"prefix cache, from Python: {name}", "prefix_cache.py", human(median), human(goal), median > goal
-            )
-        )
+        what = f"prefix cache, from Python: {name}"
+        brief = (what, human(median))
+        rows.append(ReadmeRow(what, "prefix_cache.py", human(median), human(goal), median > goal, brief))
     used = result["data"]["memory"]["bookkeeping"]
     memory_row = ReadmeRow(
         "bookkeeping of a cached page",

@@ -71,6 +71,7 @@ PEERS = {  # and what a reader of the README calls them
     "generate_batch": "`generate_batch`",
     "llama.cpp": "llama.cpp",
 }
+BRIEF = ("generate", "llama.cpp")  # peers in the README
 
 
 @dataclass
@@ -393,6 +394,7 @@ def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
                     f"{theirs / ours:.2f} x as fast ({human(ours)}, {human(theirs)})",
                     "" if goal is None else f"{goal:g} x",
                     goal is not None and theirs < goal * ours,
+                    (what, f"{theirs / ours:.2f} x as fast") if peer in BRIEF else None,
                 )
             )
     return rows

@@ -260,14 +260,19 @@ def bench_compare(
 
 @bench.command("readme")
 def bench_readme() -> None:
-    """Write the README's table of measured numbers from the results that are kept with the benchmarks.
+    """Write the README's and docs/measured.md's tables of measured numbers, and draw the gain study's pictures.
+
+    All of it is made from the results that are kept with the benchmarks.
 
     Example: `gpo-fast bench readme`
     """
-    from gpo_fast.bench.readme import README, with_table
+    from gpo_fast.bench.readme import draw, tables, with_table
 
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print(README)
+    for page, table in tables().items():
+        page.write_text(with_table(page.read_text(encoding="utf-8"), table), encoding="utf-8")
+        print(page)
+    for picture in draw():
+        print(picture)
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:

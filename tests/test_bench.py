@@ -20,7 +20,7 @@ from gpo_fast.bench.loop_plane import EVEN, KINDS, SCHEMES, STEP_TOKENS, Prompt,
 from gpo_fast.bench.loop_price import FullVocabularyTrainer, PlainEngine, Size, StepClock, Way, our_trainer
 from gpo_fast.bench.loop_study import Study, readme_rows, studies
 from gpo_fast.bench.loop_tasks import Task, character_tokenizer, solved
-from gpo_fast.bench.readme import README, table, with_table
+from gpo_fast.bench.readme import README, tables, with_table
 from gpo_fast.bench.suite import SUITE, command, compare
 from typer.testing import CliRunner
 
@@ -139,6 +139,9 @@ def test_the_readme_says_who_reaches_the_bases_end_in_half_its_time() -> None:
     assert row.result.endswith("; `random` 45.0%, -5.0% (-5.0% to -5.0%), not reached")
     assert not row.missed
     assert row.goal == "grpo's end in 50% of its time: `gpo`; **missed** by the others"
+    assert row.brief is not None
+    assert row.brief[1].startswith("`grpo` 50.0%; `gpo` 70.0%, ")
+    assert row.brief[1].endswith("%; `random` 45.0%")
     assert readme_rows({"data": {"records": base + slow}})[0].missed
 
 
@@ -219,11 +222,14 @@ def _ends_with_an_even_token(completion_ids: list[list[int]], **_: Any) -> list[
 
 
 def test_the_readme_shows_the_committed_results() -> None:
-    committed = README.read_text(encoding="utf-8")
-    assert with_table(committed) == committed, "run `gpo-fast bench readme`"
-    assert committed.count("**missed**") == table().count("**missed**") > 0
+    pages = tables()
+    for page, table in pages.items():
+        committed = page.read_text(encoding="utf-8")
+        assert with_table(committed, table) == committed, "run `gpo-fast bench readme`"
+    assert len({table.count("**missed**") for table in pages.values()}) == 1
+    assert "**missed**" in pages[README]
     with pytest.raises(ValueError, match="needs the lines"):
-        with_table("no table")
+        with_table("no table", "")
 
 
 def test_results_are_compared_by_name(tmp_path: Path) -> None:

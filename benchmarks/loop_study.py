@@ -16,7 +16,12 @@ from gpo_fast.bench.loop_tasks import Task
 
 Record = dict[str, Any]  # as loop_gain.run gives it
 GOAL = 0.5  # share of the base's time in which its final accuracy is to be reached
-AXES = {"seconds": "training time (s)", "tokens": "sampled tokens", "steps": "optimiser steps"}
+AXES = {
+    "seconds": "training time (s)",
+    "rollouts": "sampled rollouts",
+    "tokens": "sampled tokens",
+    "steps": "optimiser steps",
+}
 # Equal in all records that are compared.
 COMPARED = (
     "model",
@@ -123,19 +128,20 @@ def studies(records: Iterable[Record]) -> list[Study]:
 
 def plot(all_studies: Sequence[Study], path: Path) -> None:
     """A row for each study, a column for each axis; the band is the 95 % interval of the mean over seeds."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure((4.2 * len(AXES), 3.2 * len(all_studies)))
+    figure = Figure((4.2 * len(AXES) + 2, 3.2 * len(all_studies)))
     cells = figure.subplots(len(all_studies), len(AXES), squeeze=False, sharey="row")
     names = dict.fromkeys(name for study in all_studies for name in study.by_algorithm)
-    colours = {name: f"C{number}" for number, name in enumerate(names)}
+    colours = {name: colormaps["tab20"](number % 20) for number, name in enumerate(names)}
     for row, study in zip(cells, all_studies):
         for cell, axis in zip(row, AXES):
             for algorithm in study.by_algorithm:
                 _draw(cell, study, algorithm, axis, colours[algorithm])
         row[0].set_title(study.title, loc="left", fontsize=9)
         row[0].set_ylabel("held-out accuracy")
-        row[0].legend(fontsize=6)
+        row[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     _save(figure, path)
 
 
@@ -156,7 +162,7 @@ def plot_time(all_studies: Sequence[Study], path: Path) -> None:
     _save(figure, path)
 
 
-def _draw(cell: Any, study: Study, algorithm: str, axis: str, colour: str, label: str | None = None) -> None:
+def _draw(cell: Any, study: Study, algorithm: str, axis: str, colour: Any, label: str | None = None) -> None:
     from matplotlib.ticker import EngFormatter
 
     grid, curve = study.mean_curve(algorithm, axis)
@@ -164,7 +170,7 @@ def _draw(cell: Any, study: Study, algorithm: str, axis: str, colour: str, label
     intervals = [mean_interval(study.accuracy(algorithm, axis, at)) for at in grid]
     cell.fill_between(grid, [i.low for i in intervals], [i.high for i in intervals], color=colour, alpha=0.1, lw=0)
     cell.set_xlabel(AXES[axis])
-    if axis == "tokens":
+    if axis in ("rollouts", "tokens"):
         cell.xaxis.set_major_formatter(EngFormatter(sep=""))
     cell.grid(alpha=0.3)
 

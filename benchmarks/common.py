@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpo_fast import _C
 from gpo_fast.run_files import read_records
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "trl", "vllm", "flash-attn", "liger-kernel", "gpo-fast")
@@ -36,6 +37,17 @@ def add_common(arguments: argparse.ArgumentParser) -> None:
     """What every benchmark takes, or each of its subcommands."""
     arguments.add_argument("--quick", action="store_true", help="a small size, to see that the script runs")
     arguments.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
+
+
+def device_name(name: str) -> str:
+    """The type of a `--device` option: cpu, or cuda where torch sees a GPU."""
+    import torch
+
+    if name not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name!r} is neither cpu nor cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no GPU for cuda here: use cpu")
+    return name
 
 
 @dataclass
@@ -158,7 +170,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": _C.cpu_kernels().upper(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load": os.getloadavg()[0],
         "python": platform.python_version(),

@@ -17,14 +17,14 @@ computes the progress that a token buys (see loop_plane.py).
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import transformers
 from gpo_fast.bench import loop_gradient, loop_plane, loop_price
-from gpo_fast.bench.common import add_common, finish
+from gpo_fast.bench.common import add_common, device_name, finish
 from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
 from gpo_fast.bench.loop_models import MODELS
 from gpo_fast.bench.loop_price import HEADLINE, ROWS
@@ -63,7 +63,7 @@ def main() -> None:
     price = commands.add_parser("price", help="seconds of an iteration")
     price.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(map(repr, ROWS))}")
     price.add_argument("--ablation", action="store_true", help="also GPO with each of its parts switched off")
-    price.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    price.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
     price.add_argument("--repeats", type=int, default=2, help="iterations after one that is not counted")
     price.add_argument("--folder", type=Path, default=Path("runs/price"))
     for command in (gain, gradient, plane, price):
@@ -139,7 +139,7 @@ def progress_plane(arguments: argparse.Namespace) -> None:
 
 def prices(arguments: argparse.Namespace) -> None:
     """Measures the rows that are not in the file yet, then reports those that are."""
-    size = loop_price.SIZES["quick" if arguments.quick else arguments.device]
+    size = replace(loop_price.SIZES[arguments.device], **(loop_price.QUICK if arguments.quick else {}))
     path, repeats = arguments.folder / "price.jsonl", arguments.repeats
     wanted = arguments.only or (ROWS if arguments.ablation else HEADLINE)
 

@@ -62,8 +62,8 @@ CPU_TYPE = "float32" if _C.linear_logprob_kernels() == "none" else "bfloat16"
 SIZES = {
     "cpu": Size("smollm2", "cpu", CPU_TYPE, 4, 8, 4, 4, 48),
     "cuda": Size("qwen3-0.6b", "cuda", "bfloat16", 16, 8, 4, 4, 256),
-    "quick": Size("smollm2", "cpu", CPU_TYPE, 1, 2, 2, 2, 16),
 }
+QUICK = {"prompts": 1, "generations": 2, "resets": 2, "samples": 2, "tokens": 16}
 
 
 class PlainEngine:

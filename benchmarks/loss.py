@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpo_fast.bench.common import ReadmeRow, floors, human, machine
+from gpo_fast.bench.common import ReadmeRow, device_name, floors, human, machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -266,7 +266,7 @@ def report(name: str, results: dict[str, list], trainable: bool, shape: tuple[in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small shape, one round")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
     parser.add_argument("--rows", type=int, help="replace T of every shape (a multiple of 8)")
     parser.add_argument("--only", type=int, metavar="ROW", help="one row, counted from 0")
     parser.add_argument("--rounds", type=int, default=3)
@@ -322,10 +322,10 @@ def title(run: dict[str, Any]) -> str:
 
 def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
     """A row of the README for each row measured."""
-    return [_readme_row(run, result["machine"]["cpu"]) for run in result["runs"]]
+    return [_readme_row(run) for run in result["runs"]]
 
 
-def _readme_row(run: dict[str, Any], cpu: str) -> ReadmeRow:
+def _readme_row(run: dict[str, Any]) -> ReadmeRow:
     middles = {peer: medians(runs) for peer, runs in run["results"].items()}
     ours, plain = middles.pop("gpo-fast"), middles.pop("plain torch")
     if ours is None or plain is None:
@@ -343,9 +343,8 @@ def _readme_row(run: dict[str, Any], cpu: str) -> ReadmeRow:
     if "F.linear_cross_entropy" in run["results"]:
         goal += f", {LEAST_SPEED['F.linear_cross_entropy']:.0f} x `F.linear_cross_entropy`"
     result = "; ".join([text, *others])
-    what = title(run).removesuffix("cpu") + cpu if run["device"] == "cpu" else title(run)
-    brief = (what, result) if tuple(run["shape"]) == SHAPES[run["device"]][0] else None
-    return ReadmeRow(what, f"loss.py --only {run['row']}", result, goal, missed, brief)
+    brief = (title(run), result) if tuple(run["shape"]) == SHAPES[run["device"]][0] else None
+    return ReadmeRow(title(run), f"loss.py --only {run['row']}", result, goal, missed, brief)
 
 
 if __name__ == "__main__":

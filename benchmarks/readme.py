@@ -42,11 +42,11 @@ def tables() -> dict[Path, str]:
     rows = _rows()
     full = ["| what | command | result | goal | machine |", "| --- | --- | --- | --- | --- |"]
     full += [f"| {row.what} | `{row.command}` | {row.result} | {_goal(row)} | {machine} |" for row, machine in rows]
-    short = ["| what | result | goal |", "| --- | --- | --- |"]
-    for row, _ in rows:
+    short = ["| what | result | goal | machine |", "| --- | --- | --- | --- |"]
+    for row, machine in rows:
         if row.brief or row.missed:
             what, result = row.brief or (row.what, row.result)
-            short.append(f"| {what} | {result} | {_goal(row)} |")
+            short.append(f"| {what} | {result} | {_goal(row)} | {machine} |")
     return {README: "\n".join(short), MEASURED: "\n".join(full)}
 
 

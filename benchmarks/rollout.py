@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from gpo_fast.bench.common import ReadmeRow, Table, Timing, finish, floors, human, interleave, parser
+from gpo_fast.bench.common import ReadmeRow, Table, Timing, device_name, finish, floors, human, interleave, parser
 from gpo_fast.bench.llama_peer import with_llama_cpp
 from transformers import (
     AutoConfig,
@@ -419,7 +419,7 @@ def main() -> None:
     )
     arguments_of.add_argument("--prefix", type=int, help="one workload instead of all: tokens of a shared prefix, ...")
     arguments_of.add_argument("--branches", type=int, help="... continued so many times by 64 tokens")
-    arguments_of.add_argument("--device", default="cpu")
+    arguments_of.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
     arguments_of.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments_of.add_argument("--threads", type=int, help="torch's number of threads; its own choice if not given")
     arguments_of.add_argument("--repeats", type=int, default=3)

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpo_fast.bench.common import ReadmeRow, floors, human, machine
+from gpo_fast.bench.common import ReadmeRow, device_name, floors, human, machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -487,7 +487,7 @@ def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m", help="shape of the model; random weights")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="bf16 is autocast on float32 weights")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch on the CPU")
     parser.add_argument("--repeats", type=int, default=5)

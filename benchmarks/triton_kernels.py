@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
-from gpo_fast.bench.common import floors, machine
+from gpo_fast.bench.common import device_name, floors, machine
 from gpo_fast.kernels.sampling import Filters, sample_tokens
 from gpo_fast.kernels.tree_attention import tree_attention, tree_blocks
 from gpo_fast.kernels.work_list import PlanArrays, plain_plan
@@ -228,7 +228,9 @@ def cases(device: torch.device, quick: bool) -> dict[str, tuple[dict[str, Run], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, few repeats")
     parser.add_argument("--json", type=Path, help="also write the numbers here")

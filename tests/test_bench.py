@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import tiny
 import torch
 from gpo_fast.bench import gpu, loop_gradient
-from gpo_fast.bench.common import mean_interval
+from gpo_fast.bench.common import device_name, mean_interval
 from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
 from gpo_fast.bench.loop_gradient import worth
 from gpo_fast.bench.loop_models import warm_start
@@ -245,6 +246,16 @@ def test_results_are_compared_by_name(tmp_path: Path) -> None:
     assert {row[-1] for row in shown.rows} == {"3.00"}
     with pytest.raises(ValueError, match="no time in common"):
         compare(before, write("c.json", 1.0, ["open"]))
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [device_name(name) for name in ("cpu", "cuda")] == ["cpu", "cuda"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArgumentTypeError, match="sees no GPU"):
+        device_name("cuda")
+    with pytest.raises(ArgumentTypeError, match="'tpu' is neither"):
+        device_name("tpu")
 
 
 def test_the_command_line_finds_every_script_and_suits_the_machine() -> None:

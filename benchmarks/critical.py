@@ -84,8 +84,9 @@ def main() -> None:
         tables.append(reuse_table(data["reuse"]))
     ways = [way for way in WAYS if way in arguments.only]
     if ways:
-        data["speed"] = speed(ways, arguments, progress)
-        tables += speed_tables(data["speed"], arguments)
+        measured = speed(ways, arguments, progress)
+        data["speed"] = {f"{way} {WAYS[way]}": record for way, record in measured.items()}
+        tables += speed_tables(measured, arguments)
     finish(arguments, tables, data)
 
 

@@ -1,8 +1,9 @@
-"""The tables of measured numbers, made from `results/*.json`: a whole one for the documentation, a short one for the
-README.
+"""The tables of measured numbers, made from the files in `results/`: a whole one for the documentation, a short one for
+the README.
 
 What a row says and which goal it has stands with the benchmark that measured it, in its `readme_rows`. The README has
-the rows that say themselves in short, and every row that misses its goal.
+the rows that say themselves in short, and every row that misses its goal. Results of another machine than the main one
+are in a folder of their own, `results/<its name>/`; of theirs the README has those that miss their goal.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def with_table(page: str, table: str) -> str:
 
 def _rows() -> list[tuple[ReadmeRow, str]]:
     """Every row, and the machine that it was measured on."""
-    results = sorted((FOLDER / "results").glob("*.json"))
+    results = [*sorted((FOLDER / "results").glob("*.json")), *sorted((FOLDER / "results").glob("*/*.json"))]
     unknown = [path.name for path in results if not path.stem.startswith(tuple(BENCHMARKS))]
     if unknown:
         known = ", ".join(BENCHMARKS)
@@ -87,7 +88,8 @@ def _rows() -> list[tuple[ReadmeRow, str]]:
                 result = json.loads(path.read_text(encoding="utf-8"))
                 of = result["machine"]
                 machine = ", ".join(of[name] for name in ("gpu", "cpu", "cpu_capability") if of.get(name))
-                rows += [(row, machine) for row in rows_of(result)]
+                is_main = path.parent.name == "results"
+                rows += [(row if is_main else row._replace(brief=None), machine) for row in rows_of(result)]
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
     from gpo_fast.bench.common import Table
 
 FOLDER = Path(__file__).parent
+CONTAINERS = ("data", "times", "runs", "results", "records", "latencies", "speed", "seconds")  # keys that name no row
 TIMES = ("median", "seconds", "median_ms")  # what a benchmark calls a time in its JSON
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A script; `dtype` is how it names number formats, `device` whether it takes one."""
+    """A script; `dtypes` is how it names number formats, `device` whether it, or its part `part`, takes one."""
 
     script: str
     text: str
@@ -36,13 +38,22 @@ SUITE: dict[str, Benchmark] = {
     "loss": Benchmark("loss.py", "Losses: time and memory, against plain torch, Liger and TRL."),
     "tree": Benchmark("tree_training.py", "Training shared tokens once, against padded rows.", dtypes=("bf16", "fp32")),
     "cache": Benchmark("prefix_cache.py", "The prefix cache, against others.", device=False),
-    "loop": Benchmark("loop.py", "An iteration's price, against plain GPO and TRL; its gain.", "price", device=False),
+    "loop": Benchmark("loop.py", "An iteration's price, against plain GPO and TRL; its gain.", "price"),
 }
 
 
 def run(name: str, options: list[str]) -> int:
-    """Runs one benchmark in a process of its own, as a script; options not given are this machine's. Exit status."""
-    return subprocess.run([sys.executable, *command(name, options)], check=False).returncode
+    """Runs one benchmark in a process of its own, as a script; options not given are this machine's. Exit status.
+
+    Beside the JSON file, if one is written, it draws the times: a PNG of the same name.
+    """
+    call = command(name, options)
+    status = subprocess.run([sys.executable, *call], check=False).returncode
+    written = [Path(path) for option, path in zip(call, call[1:]) if option == "--json"]
+    written += [Path(option.removeprefix("--json=")) for option in call if option.startswith("--json=")]
+    if status == 0 and written and SUITE[name].part in (None, call[1]):
+        print(f"drawn in {plot(written[-1])}", flush=True)
+    return status
 
 
 def command(name: str, options: list[str]) -> list[str]:
@@ -53,16 +64,17 @@ def command(name: str, options: list[str]) -> list[str]:
 
     benchmark, given = SUITE[name], {option.partition("=")[0] for option in options}
     named = bool(options) and (options[0] == "--help" or not options[0].startswith("-"))
-    chosen = [] if named or benchmark.part is None else [benchmark.part]
-    if benchmark.device and "--device" not in given:
+    part, rest = (options[0], options[1:]) if named else (benchmark.part, options)
+    chosen = [] if part is None else [part]
+    if benchmark.device and part == benchmark.part and "--device" not in given:
         chosen += ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
     if benchmark.dtypes and "--dtype" not in given:
         chosen += ["--dtype", benchmark.dtypes[fast_dtype() == torch.float32]]
-    return [str(FOLDER / benchmark.script), *chosen, *options]
+    return [str(FOLDER / benchmark.script), *chosen, *rest]
 
 
 def run_all(folder: Path, quick: bool) -> dict[str, int]:
-    """Runs every benchmark, with a JSON of each in `folder`; exit statuses by name."""
+    """Runs every benchmark, with a JSON file and a plot of each in `folder`; exit statuses by name."""
     folder.mkdir(parents=True, exist_ok=True)
     statuses = {}
     for name in SUITE:
@@ -87,6 +99,40 @@ def compare(before: Path, after: Path) -> Table:
     for name in common:
         table.add(name, human(old[name]), human(new[name]), f"{new[name] / old[name]:.2f}")
     return table
+
+
+def plot(result: Path) -> Path:
+    """Draws the times of a result as bars, a panel for what is compared with one another; gives the picture's path.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from gpo_fast.bench.common import human
+
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"no picture of {result}: it needs matplotlib: pip install matplotlib") from error
+    panels: dict[str, dict[str, list[float]]] = {}
+    for name, seconds in times(json.loads(result.read_text(encoding="utf-8"))):
+        parts = [part for part in name.split(" / ") if part not in CONTAINERS and not part.isdigit()]
+        panels.setdefault(" / ".join(parts[:-1]) or result.stem, {}).setdefault(parts[-1], []).append(seconds)
+    heights = [len(bars) + 1 for bars in panels.values()]
+    figure = Figure((8, 0.35 * sum(heights) + 0.5))
+    cells = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for cell, (title, bars) in zip(cells, panels.items()):
+        middle = [statistics.median(seconds) for seconds in bars.values()]
+        drawn = cell.barh(list(bars), middle, color="C0")
+        cell.bar_label(drawn, [human(seconds) for seconds in middle], padding=3, fontsize=8)
+        cell.invert_yaxis()
+        cell.set_title(title, loc="left", fontsize=9)
+        cell.set_xlim(0, 1.15 * max(middle))
+        cell.set_xticks([])
+        cell.tick_params(labelsize=8)
+        cell.spines[["top", "right", "bottom"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(result.with_suffix(".png"), dpi=110)
+    return result.with_suffix(".png")
 
 
 def times(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:

@@ -230,7 +230,7 @@ for _name, _benchmark in SUITE.items():
 
 @bench.command("all")
 def bench_all(
-    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for a JSON file of each.")] = Path("bench"),
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for results and plots.")] = Path("bench"),
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to see that all run.")] = False,
 ) -> None:
     """Run every benchmark at the sizes that this machine can take.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from argparse import ArgumentTypeError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from gpo_fast.bench import gpu, loop_gradient
+from gpo_fast.bench import gpu, loop_gradient, suite
 from gpo_fast.bench.common import device_name, mean_interval
 from gpo_fast.bench.loop_gain import Trial, append, is_finished, run
 from gpo_fast.bench.loop_gradient import worth
@@ -248,6 +250,25 @@ def test_results_are_compared_by_name(tmp_path: Path) -> None:
         compare(before, write("c.json", 1.0, ["open"]))
 
 
+def test_times_are_drawn_beside_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    result = tmp_path / "bench" / "loss.json"
+    rounds = {"ours": [{"seconds": 1.0}, {"seconds": 3.0}], "theirs": [{"seconds": 4.0}], "slow": ["out of time"]}
+
+    def script(call: list[str], check: bool) -> Any:
+        assert call[1:3] == [command("loss", [])[0], "--device"]
+        result.parent.mkdir()
+        result.write_text(json.dumps({"runs": [{"task": "GRPO", "results": rounds}]}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", script)
+    assert suite.run("loss", ["--json", str(result)]) == 0
+    picture = image.imread(result.with_suffix(".png"))
+    blue = (picture[..., 2] > 0.6) & (picture[..., 0] < 0.2)
+    widths = sorted({int(row.sum()) for row in blue if row.sum() > 100})
+    assert widths[-1] == pytest.approx(2 * widths[0], rel=0.02)  # a bar of 4 s, and one of the median, 2 s
+
+
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [device_name(name) for name in ("cpu", "cuda")] == ["cpu", "cuda"]
@@ -263,9 +284,11 @@ def test_the_command_line_finds_every_script_and_suits_the_machine() -> None:
     assert all(name in shown for name in (*SUITE, "all", "compare", "readme"))
     for name in SUITE:
         assert Path(command(name, [])[0]).is_file()
-    for options in (["gain", "--quick"], ["price", "--quick"], ["--help"]):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for options in (["gain", "--quick"], ["price", "--device=cpu", "--quick"], ["--help"]):
         assert command("loop", options)[1:] == options
-    assert command("loop", ["--quick"])[1:] == ["price", "--quick"]
+    for options in (["--quick"], ["price", "--quick"]):
+        assert command("loop", options)[1:] == ["price", "--device", device, "--quick"]
     assert command("rollout", ["--dtype=float32", "--quick"])[-2:] == ["--dtype=float32", "--quick"]
     assert command("tree", []).count("--dtype") == 1
     assert command("tree", ["--dtype", "fp32"]).count("--dtype") == 1

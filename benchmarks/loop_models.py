@@ -77,7 +77,7 @@ MODELS: dict[str, Pupil] = {
         warmup_batch=64,
         settings={
             "per_device_train_batch_size": 64,
-            "num_generations": 8,
+            "num_generations": 4,
             "max_batch_size": 256,
             "kv_cache_memory": 64 << 20,
             "learning_rate": 1e-4,

@@ -34,18 +34,20 @@ COMPARED = (
     "clock",
 )
 GRID = 200  # points of a mean curve
-# In the README's picture, as patterns of the names, and what they are.
+# In the README's picture, and what they are.
 SHOWN = {
-    "grpo": "GRPO",
+    "grpo:num_generations=8": "GRPO, 8 completions",
+    "grpo": "GRPO, 4 completions",
     "gpo-default": "GPO as it comes",
-    "gpo-default:num_generations=4": "GPO, 4 completions",
-    "grpo-optimal(:num_generations=4)?": "GRPO, our baseline, 4 completions",
+    "grpo-optimal": "GRPO, our baseline",
 }
 
 
 def base_of(algorithm: str) -> str:
-    """What an algorithm is compared with: it, without GPO."""
-    return "dpo" if "dpo" in algorithm.partition(":")[0] else "grpo"
+    """What an algorithm is compared with: GRPO or DPO as published, with as many completions."""
+    name, _, settings = algorithm.partition(":")
+    completions = re.search(r"num_generations=\d+", settings)
+    return ("dpo" if "dpo" in name else "grpo") + (f":{completions[0]}" if completions else "")
 
 
 class Study:
@@ -152,10 +154,9 @@ def plot_time(all_studies: Sequence[Study], path: Path) -> None:
     figure = Figure((3.6 * len(all_studies), 3.2))
     (cells,) = figure.subplots(1, len(all_studies), squeeze=False)
     for cell, study in zip(cells, all_studies):
-        for colour, (pattern, label) in enumerate(SHOWN.items()):
-            found = [name for name in study.by_algorithm if re.fullmatch(pattern, name)]
-            if found:
-                _draw(cell, study, found[-1], "seconds", f"C{colour}", label)
+        for colour, (algorithm, label) in enumerate(SHOWN.items()):
+            if algorithm in study.by_algorithm:
+                _draw(cell, study, algorithm, "seconds", f"C{colour}", label)
         cell.set_title(f"{study.model.label}\n{study.task.label}", loc="left", fontsize=9)
     cells[0].set_ylabel("held-out accuracy")
     cells[min(1, len(cells) - 1)].legend(fontsize=7, loc="lower right")
@@ -186,32 +187,40 @@ def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
     found = []
     for study in studies(result["data"]["records"]):
         for base in ("grpo", "dpo"):
-            others = [name for name in study.by_algorithm if name != base and base_of(name) == base]
+            others = [name for name in study.by_algorithm if name != base and base_of(name).startswith(base)]
             if others and base in study.by_algorithm:
                 found.append(_readme_row(study, base, others))
     return found
 
 
 def _readme_row(study: Study, base: str, others: Sequence[str]) -> ReadmeRow:
+    """In short, for the README, without what has settings of its own unless it is a base."""
     seeds = min(len(study.by_algorithm[name]) for name in (base, *others))
-    full, short, passed = [f"`{base}` {_percent(mean_interval(study.final(base)))}"], [], []
+    final, passed = study.final(base), []
+    full, short = [f"`{base}` {_percent(mean_interval(final))}"], [f"`{base}` {np.mean(final):.1%}"]
     for name in others:
-        reached = study.time_to_base(name)
-        time = "not reached" if reached is None else f"{reached:.0%}"
-        mean = f"`{name}` {np.mean(study.final(name)):.1%}"
-        full.append(f"{mean}, {_percent(study.gain(name), signed=True)}, {time}")
-        short.append(mean if reached is None else f"{mean}, {time}")
-        if reached is not None and reached <= GOAL:
-            passed.append(f"`{name}`")
+        mean, is_base = f"`{name}` {np.mean(study.final(name)):.1%}", name == base_of(name)
+        if is_base or base_of(name) not in study.by_algorithm:
+            full.append(mean)
+        else:
+            reached = study.time_to_base(name)
+            time = "not reached" if reached is None else f"{reached:.0%}"
+            full.append(f"{mean}, {_percent(study.gain(name), signed=True)}, {time}")
+            mean += "" if reached is None else f", {time}"
+            if reached is not None and reached <= GOAL:
+                passed.append(f"`{name}`")
+        if is_base or ":" not in name:
+            short.append(mean)
     goal = f"{base}'s end in {GOAL:.0%} of its time"
     setting = f"{study.model.label}, {study.task.label}, {study.start:.0%} at the start, {study.seconds:g} s"
     return ReadmeRow(
-        f"{study.title}, at least {seeds} seeds: held-out accuracy, less {base}'s at equal time, {base}'s end after",
+        f"{study.title}, at least {seeds} seeds: held-out accuracy, less {base}'s with as many completions at equal "
+        f"time, {base}'s end after",
         "loop.py gain",
         "; ".join(full),
         f"{goal}: {', '.join(passed)}; **missed** by the others" if passed else goal,
         not passed,
-        (f"{setting}: accuracy, {base}'s end after", "; ".join([f"`{base}` {np.mean(study.final(base)):.1%}", *short])),
+        (f"{setting}: accuracy, {base}'s end after", "; ".join(short)),
     )
 
 

@@ -75,7 +75,7 @@ class GPOConfig(TrainingArguments):
         f"Base algorithm's loss: one of {', '.join(LOSS_TYPES)}. With {', '.join(PREFERENCE_LOSSES)} each iteration "
         "pairs completions of one state, the prompt or a critical one, and trains on the pairs.",
     )
-    num_generations: int = option(8, "Completions sampled for each prompt.")
+    num_generations: int = option(4, "Completions sampled for each prompt.")
     max_completion_length: int = option(256, "Longest completion in tokens.")
     temperature: float = option(1.0, "Sampling temperature.")
     top_k: int = option(0, "Sample among the k likeliest tokens; 0 is off.")

@@ -148,6 +148,16 @@ def test_the_readme_says_who_reaches_the_bases_end_in_half_its_time() -> None:
     assert readme_rows({"data": {"records": base + slow}})[0].missed
 
 
+def test_an_algorithm_is_compared_with_its_base_with_as_many_completions() -> None:
+    few = [record("grpo", s, [0.1, 0.2, 0.3, 0.4, 0.5]) for s in range(3)]
+    many = [record("grpo:num_generations=8", s, [0.1, 0.1, 0.2, 0.2, 0.3]) for s in range(3)]
+    ours = [record("gpo:num_generations=8", s, [0.1, 0.2, 0.3, 0.3, 0.4]) for s in range(3)]
+    (row,) = readme_rows({"data": {"records": few + many + ours}})
+    assert "; `grpo:num_generations=8` 30.0%; `gpo:num_generations=8` 40.0%, +10.0% (" in row.result
+    assert row.brief is not None
+    assert row.brief[1] == "`grpo` 50.0%; `grpo:num_generations=8` 30.0%"
+
+
 def test_a_warm_up_that_does_not_get_there_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="solved after 6 steps of warm-up, not 90%"):
         warm_start("tiny", Task("chain_sum", 2), 0.9, tmp_path, max_steps=6)

@@ -23,7 +23,7 @@ from gpo_fast.bench.loop_plane import EVEN, KINDS, SCHEMES, STEP_TOKENS, Prompt,
 from gpo_fast.bench.loop_price import FullVocabularyTrainer, PlainEngine, Size, StepClock, Way, our_trainer
 from gpo_fast.bench.loop_study import Study, readme_rows, studies
 from gpo_fast.bench.loop_tasks import Task, character_tokenizer, solved
-from gpo_fast.bench.readme import README, tables, with_table
+from gpo_fast.bench.readme import MEASURED, README, tables, with_table
 from gpo_fast.bench.suite import SUITE, command, compare
 from typer.testing import CliRunner
 
@@ -241,6 +241,10 @@ def test_the_readme_shows_the_committed_results() -> None:
         assert with_table(committed, table) == committed, "run `gpo-fast bench readme`"
     assert len({table.count("**missed**") for table in pages.values()}) == 1
     assert "**missed**" in pages[README]
+    of_another_machine = [line for line in pages[README].splitlines() if line.endswith("AMX |")]
+    assert of_another_machine  # shown if they miss their goal
+    assert all("**missed**" in line for line in of_another_machine)
+    assert pages[MEASURED].count("AMX |") > 2 * len(of_another_machine)
     with pytest.raises(ValueError, match="needs the lines"):
         with_table("no table", "")
 

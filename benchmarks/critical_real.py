@@ -48,7 +48,7 @@ SPLITTER = StepSplitter("newline", min_tokens=1)
 GROUP, MAX_TOKENS = 8, 64
 CHUNK = 24  # trajectories that are searched at a time
 LARGEST_N, SMALLER_N = 12, (2, 4, 8)
-BRIEF = (f"uniform N={LARGEST_N}", f"racing N={LARGEST_N}", "logprob alone")  # methods in the README
+BRIEF = (f"uniform N={LARGEST_N}", f"racing N={LARGEST_N}", "logprob alone", "mistake alone")  # methods in the README
 CHECK_N, CHECK_SEED = 32, 10_000
 GOAL = 0.9  # share of first wrong lines that the largest uniform search is to find
 SEARCHES: dict[str, dict[str, Any]] = {

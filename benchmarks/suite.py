@@ -95,7 +95,7 @@ def compare(before: Path, after: Path) -> Table:
     common = [name for name in old if name in new]
     if not common:
         raise ValueError(f"{before} and {after} have no time in common: are they of the same benchmark?")
-    table = Table(f"{before} against {after}", ("what", before.stem, after.stem, "after / before"))
+    table = Table(f"{before} (before) and {after} (after)", ("what", "before", "after", "after / before"))
     for name in common:
         table.add(name, human(old[name]), human(new[name]), f"{new[name] / old[name]:.2f}")
     return table

@@ -51,8 +51,10 @@ def run(name: str, options: list[str]) -> int:
     status = subprocess.run([sys.executable, *call], check=False).returncode
     written = [Path(path) for option, path in zip(call, call[1:]) if option == "--json"]
     written += [Path(option.removeprefix("--json=")) for option in call if option.startswith("--json=")]
-    if status == 0 and written and SUITE[name].part in (None, call[1]):
-        print(f"drawn in {plot(written[-1])}", flush=True)
+    if status == 0 and written and written[-1].is_file() and SUITE[name].part in (None, call[1]):
+        picture = plot(written[-1])
+        if picture is not None:
+            print(f"drawn in {picture}", flush=True)
     return status
 
 
@@ -101,8 +103,11 @@ def compare(before: Path, after: Path) -> Table:
     return table
 
 
-def plot(result: Path) -> Path:
-    """Draws the times of a result as bars, a panel for what is compared with one another; gives the picture's path.
+def plot(result: Path) -> Path | None:
+    """Draws the times of a result as bars, a panel for what is compared with one another.
+
+    Returns:
+        The picture's path; None if the result has no times.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -117,6 +122,8 @@ def plot(result: Path) -> Path:
     for name, seconds in times(json.loads(result.read_text(encoding="utf-8"))):
         parts = [part for part in name.split(" / ") if part not in CONTAINERS and not part.isdigit()]
         panels.setdefault(" / ".join(parts[:-1]) or result.stem, {}).setdefault(parts[-1], []).append(seconds)
+    if not panels:
+        return None
     heights = [len(bars) + 1 for bars in panels.values()]
     figure = Figure((8, 0.35 * sum(heights) + 0.5))
     cells = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]

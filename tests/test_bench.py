@@ -281,6 +281,8 @@ def test_times_are_drawn_beside_the_results(tmp_path: Path, monkeypatch: pytest.
     blue = (picture[..., 2] > 0.6) & (picture[..., 0] < 0.2)
     widths = sorted({int(row.sum()) for row in blue if row.sum() > 100})
     assert widths[-1] == pytest.approx(2 * widths[0], rel=0.02)  # a bar of 4 s, and one of the median, 2 s
+    result.write_text(json.dumps({"data": {"coverage": 0.95}}))
+    assert suite.plot(result) is None  # without times there is nothing to draw
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,9 @@ shares prompts, rewards, adapters, sizes and Python around it with ours.
 
 The reward is 1 where a text has more of a letter than the first texts had on average, so groups are mixed and the
 model need not know anything. Every group's worst trajectory is searched, and no text ends before its limit (the end
-token is one that the model never draws), so each search has the same number of steps. The numbers of completions,
-samples and resets are the defaults of GPOConfig, of completions TRL's as well. The base algorithm samples as many
-rollouts as GPO may train on. "GPO as it comes" has the other defaults too: a bound of the search, and the baseline.
+token is one that the model never draws), so each search has the same number of steps. The numbers of samples and
+resets are the defaults of GPOConfig, that of completions is TRL's. The base algorithm samples as many rollouts as GPO
+may train on. "GPO as it comes" has the defaults that bear on the search and the update too: its bound, the baseline.
 """
 
 from __future__ import annotations
@@ -336,7 +336,7 @@ def readme_rows(result: dict[str, Any]) -> list[ReadmeRow]:
         (OURS, BASE, "GPO's iteration over the base's", 1.25, True),
         (OURS, PLAIN, "the same over GPO's on plain transformers", 1 / 5, False),
         (OURS, TRL, "the same over plain GRPO's in TRL, as many base rollouts", 0.5, False),
-        (DEFAULT, TRL, "an iteration of GPO as it comes, a bounded search, over plain GRPO's in TRL", 0.5, False),
+        (DEFAULT, TRL, "an iteration of GPO as it comes, but 8 completions, over plain GRPO's in TRL", 0.5, False),
     )
     return [
         _readme_row(f"{what}, {records[0]['size']['model']}", by_row[ours], by_row[row], goal, per_rollout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -49,10 +50,11 @@ def run(name: str, options: list[str]) -> int:
     """
     call = command(name, options)
     status = subprocess.run([sys.executable, *call], check=False).returncode
-    written = [Path(path) for option, path in zip(call, call[1:]) if option == "--json"]
-    written += [Path(option.removeprefix("--json=")) for option in call if option.startswith("--json=")]
-    if status == 0 and written and written[-1].is_file() and SUITE[name].part in (None, call[1]):
-        picture = plot(written[-1])
+    arguments_of = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    arguments_of.add_argument("--json", type=Path)
+    result = arguments_of.parse_known_args(call)[0].json
+    if status == 0 and result and result.is_file() and SUITE[name].part in (None, call[1]):
+        picture = plot(result)
         if picture is not None:
             print(f"drawn in {picture}", flush=True)
     return status
